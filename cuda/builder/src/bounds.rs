@@ -1,0 +1,79 @@
+//! Launch bounds: rustc cannot write `.maxntid` and `.minnctapersm`, and without them ptxas squeezes a streaming kernel into
+//! 31 registers and keeps 6 of 24 loads in flight instead of 22. `#[kernel]` leaves them as a comment; this writes them.
+
+use std::collections::HashMap;
+
+use crate::Error;
+
+const MARK: &str = "//@ bounds ";
+
+/// Turns the `//@ bounds NAME threads=T blocks_per_sm=B` lines that `#[kernel]` left into directives of the entries.
+///
+/// # Errors
+///
+/// [`Error::Bounds`] for an entry without such a line, or a line without its entry.
+pub fn write_launch_bounds(ptx: &str) -> Result<String, Error> {
+    let problem = |entry: &str, problem| Error::Bounds { entry: entry.to_owned(), problem };
+    let mut bounds = HashMap::new();
+    for line in ptx.lines().filter_map(|line| line.trim().strip_prefix(MARK)) {
+        let mut words = line.split(' ');
+        let entry = words.next().unwrap_or_default();
+        let threads = words.next().and_then(|word| word.strip_prefix("threads=")?.parse::<u32>().ok());
+        let blocks = words.next().and_then(|word| word.strip_prefix("blocks_per_sm=")?.parse::<u32>().ok());
+        let (Some(threads), Some(blocks)) = (threads, blocks) else {
+            return Err(problem(entry, "its bounds line is malformed"));
+        };
+        bounds.insert(entry, (threads, blocks));
+    }
+
+    let mut out = String::with_capacity(ptx.len() + 64 * bounds.len());
+    let mut entry: Option<&str> = None;
+    for line in ptx.lines() {
+        if line.trim().starts_with(MARK) {
+            continue;
+        }
+        if let Some(rest) = line.strip_prefix(".visible .entry ") {
+            entry = Some(rest.split('(').next().unwrap_or_default());
+        }
+        if line == "{"
+            && let Some(entry) = entry.take()
+        {
+            let (threads, blocks) =
+                bounds.remove(entry).ok_or_else(|| problem(entry, "it has no bounds line; make it with #[kernel]"))?;
+            out.push_str(&format!(".maxntid {threads}, 1, 1\n.minnctapersm {blocks}\n"));
+        }
+        out.push_str(line);
+        out.push('\n');
+    }
+    match bounds.keys().next() {
+        Some(entry) => Err(problem(entry, "its bounds line has no entry")),
+        None => Ok(out),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ENTRY: &str = ".visible .entry scale(\n\t.param .u64 scale_param_0\n)\n{\n\tret;\n}\n";
+
+    #[test]
+    fn directives_stand_between_parameters_and_body() {
+        let ptx = format!("//@ bounds scale threads=256 blocks_per_sm=2\n{ENTRY}");
+        let expected =
+            ".visible .entry scale(\n\t.param .u64 scale_param_0\n)\n.maxntid 256, 1, 1\n.minnctapersm 2\n{\n\tret;\n}\n";
+        assert_eq!(write_launch_bounds(&ptx).unwrap(), expected);
+    }
+
+    #[test]
+    fn an_entry_without_bounds_is_an_error() {
+        let error = write_launch_bounds(ENTRY).unwrap_err();
+        assert!(matches!(error, Error::Bounds { entry, .. } if entry == "scale"));
+    }
+
+    #[test]
+    fn bounds_without_an_entry_are_an_error() {
+        let error = write_launch_bounds("//@ bounds gone threads=1 blocks_per_sm=1\n").unwrap_err();
+        assert!(matches!(error, Error::Bounds { entry, .. } if entry == "gone"));
+    }
+}

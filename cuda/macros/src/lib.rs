@@ -1,0 +1,205 @@
+//! The `#[kernel]` attribute of `cuda_std`; documented there by its re-export.
+
+use proc_macro::TokenStream;
+use proc_macro2::{Ident, Span, TokenStream as Tokens};
+use quote::{format_ident, quote};
+use syn::parse::{Parse, ParseStream};
+use syn::spanned::Spanned;
+use syn::{Error, Expr, FnArg, GenericArgument, ItemFn, Pat, PathArguments, ReturnType, Token, Type};
+
+/// Makes a function a kernel: one signature, three uses.
+///
+/// ```ignore
+/// #[kernel(threads = 256, blocks_per_sm = 2)]
+/// pub unsafe fn scale(out: Disjoint<f32>, x: Global<f32>, factor: f32) { … }
+/// ```
+///
+/// - On `nvptx64`: the PTX entry `scale`. A slice parameter (`Global<T>`, `Disjoint<T>`, `Atomics<T>`) is flattened to an
+///   address and a length, since LLVM 22 gives a by-value struct generic instead of `.global` loads; a scalar (`u32`,
+///   `i32`, `u64`, `f32`) stays one parameter. A line `//@ bounds scale threads=256 blocks_per_sm=2` in the PTX tells
+///   `cuda_builder` which `.maxntid` and `.minnctapersm` to write, which rustc cannot.
+/// - On the host: the same body, for the emulator.
+/// - On the host: the typed launcher `scale::run(launcher, launch, out, x, factor)`, taking a `DeviceSlice<T>` for each
+///   slice, and `scale::ENTRY`, the interface as data.
+///
+/// `threads` is the most threads a block may have; `blocks_per_sm` (default 1), how many such blocks an SM must hold. Both
+/// are constants. The function is `unsafe`, returns nothing and has no generics.
+#[proc_macro_attribute]
+pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
+    let bounds = syn::parse_macro_input!(attribute as Bounds);
+    let function = syn::parse_macro_input!(item as ItemFn);
+    expand(&bounds, &function).unwrap_or_else(Error::into_compile_error).into()
+}
+
+struct Bounds {
+    threads: Expr,
+    blocks_per_sm: Expr,
+}
+
+impl Parse for Bounds {
+    fn parse(input: ParseStream) -> syn::Result<Self> {
+        let (mut threads, mut blocks_per_sm) = (None, None);
+        while !input.is_empty() {
+            let name: Ident = input.parse()?;
+            input.parse::<Token![=]>()?;
+            let value = Some(input.parse()?);
+            match name.to_string().as_str() {
+                "threads" => threads = value,
+                "blocks_per_sm" => blocks_per_sm = value,
+                _ => return Err(Error::new(name.span(), "expected `threads` or `blocks_per_sm`")),
+            }
+            if !input.is_empty() {
+                input.parse::<Token![,]>()?;
+            }
+        }
+        let threads = threads
+            .ok_or_else(|| Error::new(Span::call_site(), "a kernel needs its bound: `#[kernel(threads = 256)]`"))?;
+        Ok(Self { threads, blocks_per_sm: blocks_per_sm.unwrap_or_else(|| syn::parse_quote!(1)) })
+    }
+}
+
+enum Parameter {
+    Slice { wrapper: Ident, element: Box<Type> },
+    Scalar(Box<Type>),
+}
+
+fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
+    let signature = &function.sig;
+    if signature.unsafety.is_none() {
+        return Err(Error::new(signature.fn_token.span, "a kernel is an `unsafe fn`: its launch is a contract"));
+    }
+    if !signature.generics.params.is_empty() {
+        return Err(Error::new(signature.generics.span(), "a kernel has no generics; call a generic function from it"));
+    }
+    if let ReturnType::Type(_, found) = &signature.output {
+        return Err(Error::new(found.span(), "a kernel returns nothing"));
+    }
+
+    let (name, visibility) = (&signature.ident, &function.vis);
+    let (threads, blocks_per_sm) = (&bounds.threads, &bounds.blocks_per_sm);
+    let conditional = function.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg"));
+    let conditional: Vec<_> = conditional.collect();
+
+    let (mut flat, mut from_flat) = (Vec::new(), Vec::new());
+    let (mut params, mut run_params, mut run_args, mut from_arguments) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (i, input) in signature.inputs.iter().enumerate() {
+        let FnArg::Typed(input) = input else {
+            return Err(Error::new(input.span(), "a kernel has no `self`"));
+        };
+        let Pat::Ident(pattern) = &*input.pat else {
+            return Err(Error::new(input.pat.span(), "a kernel parameter is a plain name"));
+        };
+        let (param, ty, text) = (&pattern.ident, &input.ty, pattern.ident.to_string());
+        match parameter(ty)? {
+            Parameter::Slice { wrapper, element } => {
+                let (base, len) = (format_ident!("{param}_base"), format_ident!("{param}_len"));
+                let pointer = if wrapper == "Global" { quote!(*const) } else { quote!(*mut) };
+                flat.push(quote!(#base: #pointer #element, #len: usize));
+                from_flat.push(quote!(<#ty>::from_raw(#base, #len)));
+                from_arguments.push(quote!(<#ty>::from_argument(&arguments[#i])));
+                run_params.push(quote!(#param: ::cuda_std::DeviceSlice<#element>));
+                params.push(quote!(::cuda_std::Param {
+                    name: #text,
+                    kind: ::cuda_std::ParamKind::#wrapper(<#element as ::cuda_std::Element>::NAME),
+                }));
+            }
+            Parameter::Scalar(scalar) => {
+                flat.push(quote!(#param: #scalar));
+                from_flat.push(quote!(#param));
+                from_arguments.push(quote!(<#scalar as ::core::convert::From<_>>::from(&arguments[#i])));
+                run_params.push(quote!(#param: #scalar));
+                let scalar = quote!(#scalar).to_string();
+                params.push(quote!(::cuda_std::Param { name: #text, kind: ::cuda_std::ParamKind::Scalar(#scalar) }));
+            }
+        }
+        run_args.push(quote!(::core::convert::Into::into(#param)));
+    }
+
+    let text = name.to_string();
+    let entry_module = format_ident!("{name}_entry");
+    let comment = format!("//@ bounds {text} threads={{threads}} blocks_per_sm={{blocks_per_sm}}");
+    let launcher_doc = format!("Interface and typed launcher of the kernel [`{text}`](fn@{text}).");
+    Ok(quote! {
+        #[cfg_attr(target_arch = "nvptx64", inline(always))]
+        #function
+
+        #(#conditional)*
+        #[cfg(target_arch = "nvptx64")]
+        mod #entry_module {
+            use super::*;
+            ::cuda_std::internal::global_asm!(
+                #comment, threads = const { #threads }, blocks_per_sm = const { #blocks_per_sm }
+            );
+            #[unsafe(export_name = #text)]
+            unsafe extern "ptx-kernel" fn entry(#(#flat),*) {
+                // SAFETY: the launch contract is the kernel's own.
+                unsafe { super::#name(#(#from_flat),*) }
+            }
+        }
+
+        #(#conditional)*
+        #[doc = #launcher_doc]
+        #[cfg(not(target_arch = "nvptx64"))]
+        #[allow(non_camel_case_types, reason = "the kernel's own name")]
+        #visibility enum #name {}
+
+        #(#conditional)*
+        #[cfg(not(target_arch = "nvptx64"))]
+        impl #name {
+            /// The kernel's interface, for machines that run it.
+            pub const ENTRY: &'static ::cuda_std::Entry = &::cuda_std::Entry {
+                name: #text,
+                params: &[#(#params),*],
+                threads: #threads,
+                blocks_per_sm: #blocks_per_sm,
+                emulate: Self::emulate,
+            };
+
+            unsafe fn emulate(arguments: &[::cuda_std::emulator::Argument]) {
+                // SAFETY: the launch contract is the kernel's own.
+                unsafe { #name(#(#from_arguments),*) }
+            }
+
+            /// Starts the kernel on `launcher`.
+            ///
+            /// # Errors
+            ///
+            /// Those of [`Launcher::launch`](::cuda_std::Launcher::launch).
+            ///
+            /// # Safety
+            ///
+            /// The slices are memory of this device that lives until the launch is done, and the kernel's own `# Safety`
+            /// section holds.
+            #[allow(clippy::too_many_arguments, reason = "the kernel's own")]
+            pub unsafe fn run(
+                launcher: &dyn ::cuda_std::Launcher,
+                launch: ::cuda_std::Launch,
+                #(#run_params),*
+            ) -> ::core::result::Result<(), ::cuda_std::LaunchError> {
+                // SAFETY: types fit by this signature; the rest is the caller's promise.
+                unsafe { launcher.launch(Self::ENTRY, launch, &[#(#run_args),*]) }
+            }
+        }
+    })
+}
+
+fn parameter(ty: &Type) -> syn::Result<Parameter> {
+    let expected = "expected Global<T>, Disjoint<T>, Atomics<T>, u32, i32, u64 or f32";
+    // A `macro_rules!` fragment arrives in an invisible group.
+    let ty = if let Type::Group(group) = ty { &*group.elem } else { ty };
+    let Type::Path(path) = ty else {
+        return Err(Error::new(ty.span(), expected));
+    };
+    let last = path.path.segments.last().expect("a path has a segment");
+    match (last.ident.to_string().as_str(), &last.arguments) {
+        ("Global" | "Disjoint" | "Atomics", PathArguments::AngleBracketed(arguments)) => match arguments.args.first() {
+            Some(GenericArgument::Type(element)) => {
+                Ok(Parameter::Slice { wrapper: last.ident.clone(), element: Box::new(element.clone()) })
+            }
+            _ => Err(Error::new(ty.span(), expected)),
+        },
+        ("u32" | "i32" | "u64" | "f32", PathArguments::None) => Ok(Parameter::Scalar(Box::new(ty.clone()))),
+        _ => Err(Error::new(ty.span(), expected)),
+    }
+}

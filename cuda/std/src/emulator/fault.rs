@@ -1,0 +1,52 @@
+//! What the emulator finds wrong with a kernel.
+
+use std::format;
+use std::string::String;
+
+/// A kernel did something that a GPU would not forgive, or would forgive in silence.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("kernel {kernel}, block {block:?}, thread {thread:?}, {at}: {kind}")]
+pub struct Fault {
+    /// The PTX entry.
+    pub kernel: &'static str,
+    /// The block's index in the grid.
+    pub block: [u32; 3],
+    /// The thread's index in its block.
+    pub thread: [u32; 3],
+    /// `file:line` of the operation; of a panic, "after" that of the last barrier or warp operation.
+    pub at: String,
+    /// What happened.
+    pub kind: FaultKind,
+}
+
+/// What a kernel did wrong.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[expect(missing_docs, reason = "the message documents the variant")]
+pub enum FaultKind {
+    #[error("out of bounds: element {index} of {len}")]
+    OutOfBounds { index: usize, len: usize },
+    #[error("argument {index} ({param}): {bytes} bytes at {address:#x} are not inside one allocation of this device")]
+    NotAllocated { index: usize, param: &'static str, address: u64, bytes: u64 },
+    #[error("misaligned: address {address:#x} is not a multiple of {alignment}")]
+    Misaligned { address: usize, alignment: usize },
+    #[error("reads element {index}, which nothing wrote")]
+    Uninitialized { index: usize },
+    #[error(
+        "data race on element {index}: this {this} and the {other} by thread {other_thread} of block {other_block} have no barrier between"
+    )]
+    Race { index: usize, this: &'static str, other: &'static str, other_thread: u32, other_block: u32 },
+    #[error("divergent barrier: other threads of the block {others}")]
+    DivergentBarrier { others: String },
+    #[error("divergent warp operation: other lanes of the warp {others}")]
+    DivergentWarp { others: String },
+    #[error("a warp operation needs 32 lanes, but the block's last warp has {lanes}")]
+    PartialWarp { lanes: u32 },
+    #[error("shared memory: {bytes} bytes are in use, {limit} is the limit")]
+    SharedMemory { bytes: usize, limit: usize },
+    #[error("panicked: {message}")]
+    Panicked { message: String },
+}
+
+pub(super) fn place(location: &core::panic::Location<'_>) -> String {
+    format!("{}:{}", location.file(), location.line())
+}

@@ -1,0 +1,664 @@
+//! The host machine: each operation of this crate as the emulator does it. The twin of `ptx.rs`.
+
+use std::cell::Cell;
+
+use core::panic::Location;
+use core::ptr::NonNull;
+
+use super::block::{Block, Lane, Operation, PendingCopy, SHARED_BYTES, Wait};
+use super::fault::{Fault, FaultKind, place};
+use super::shadow::{Access, Finding, Shadow};
+use crate::launch::ParamKind;
+use crate::{Element, Shared, Store, f16};
+
+/// The shadow of the memory behind a parameter; none in fast mode.
+pub type ShadowRef = Option<NonNull<()>>;
+
+pub const SUM: u8 = 0;
+pub const MAX: u8 = 1;
+
+std::thread_local! {
+    static CURRENT: Cell<*const Lane> = const { Cell::new(core::ptr::null()) };
+}
+
+/// `lane` runs from here on.
+pub(super) fn enter(lane: &Lane) {
+    CURRENT.set(lane);
+}
+
+/// No lane runs any more; gives the index of the last.
+pub(super) fn leave() -> Option<u32> {
+    let last = CURRENT.replace(core::ptr::null());
+    // SAFETY: set by `enter`, whose lane is still alive when its scheduler calls this.
+    (!last.is_null()).then(|| unsafe { (*last).index })
+}
+
+#[inline(always)]
+fn lane() -> &'static Lane {
+    let current = CURRENT.get();
+    assert!(!current.is_null(), "device operations run inside a kernel launch");
+    // SAFETY: `enter` set it, and its scheduler outlives the running coroutine.
+    unsafe { &*current }
+}
+
+#[inline(always)]
+fn block() -> &'static Block {
+    // SAFETY: the block outlives its lanes.
+    unsafe { &*lane().block }
+}
+
+/// Ends the launch with a fault of the running thread.
+#[cold]
+fn fault(kind: FaultKind, at: &'static Location<'static>) -> ! {
+    let (lane, block) = (lane(), block());
+    *block.fault.borrow_mut() =
+        Some(Fault { kernel: block.entry.name, block: block.block_idx, thread: lane.thread_idx, at: place(at), kind });
+    loop {
+        suspend(lane);
+    }
+}
+
+#[inline(always)]
+fn suspend(lane: &Lane) {
+    // SAFETY: set when the coroutine began, and valid while it runs.
+    unsafe { (*lane.yielder.get()).suspend(()) };
+}
+
+/// A launch argument, resolved to host memory.
+#[derive(Clone, Copy)]
+pub struct Argument {
+    bits: u64,
+    len: usize,
+    shadow: ShadowRef,
+}
+
+// SAFETY: it names memory that the launch keeps alive; shadows are used by one thread at a time.
+unsafe impl Sync for Argument {}
+// SAFETY: as above.
+unsafe impl Send for Argument {}
+
+impl Argument {
+    pub(super) fn slice_of(address: usize, len: usize, shadow: Option<&Shadow>) -> Self {
+        Self { bits: address as u64, len, shadow: shadow.map(|shadow| NonNull::from(shadow).cast()) }
+    }
+
+    pub(super) fn empty_slice() -> Self {
+        Self { bits: 16, len: 0, shadow: None }
+    }
+
+    pub(super) fn scalar(bits: u64) -> Self {
+        Self { bits, len: 0, shadow: None }
+    }
+
+    pub(crate) fn slice(&self) -> (usize, usize, ShadowRef) {
+        (self.bits as usize, self.len, self.shadow)
+    }
+}
+
+impl From<&Argument> for u32 {
+    fn from(argument: &Argument) -> Self {
+        argument.bits as u32
+    }
+}
+impl From<&Argument> for i32 {
+    fn from(argument: &Argument) -> Self {
+        argument.bits as i32
+    }
+}
+impl From<&Argument> for u64 {
+    fn from(argument: &Argument) -> Self {
+        argument.bits
+    }
+}
+impl From<&Argument> for f32 {
+    fn from(argument: &Argument) -> Self {
+        f32::from_bits(argument.bits as u32)
+    }
+}
+
+/// Bytes of one element of a slice parameter.
+pub(super) fn element_bytes(kind: ParamKind) -> usize {
+    match kind {
+        ParamKind::Global(name) | ParamKind::Disjoint(name) | ParamKind::Atomics(name) => match name {
+            "u8" => 1,
+            "u16" | "f16" => 2,
+            "u64" => 8,
+            _ => 4,
+        },
+        ParamKind::Scalar(_) => 1,
+    }
+}
+
+#[cold]
+#[track_caller]
+pub fn out_of_bounds(index: usize, len: usize) -> ! {
+    fault(FaultKind::OutOfBounds { index, len }, Location::caller())
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn check_bounds(end: usize, index: usize, len: usize) {
+    if end > len {
+        out_of_bounds(index.max(end - 1), len);
+    }
+}
+
+#[inline(always)]
+#[track_caller]
+fn on_access(access: Access, shadow: ShadowRef, base: usize, i: usize, size: usize, bytes: usize, len: usize) -> usize {
+    let at = Location::caller();
+    let elements = bytes.div_ceil(size);
+    if i >= len || elements > len - i {
+        fault(FaultKind::OutOfBounds { index: i.saturating_add(elements - 1), len }, at);
+    }
+    let address = base + i * size;
+    if !address.is_multiple_of(bytes) {
+        fault(FaultKind::Misaligned { address, alignment: bytes }, at);
+    }
+    if let Some(shadow) = shadow {
+        // SAFETY: the launch holds the allocation, and with it the shadow.
+        let shadow = unsafe { shadow.cast::<Shadow>().as_ref() };
+        record(shadow, access, address, bytes, i, size, at);
+    }
+    address
+}
+
+fn record(
+    shadow: &Shadow,
+    access: Access,
+    address: usize,
+    bytes: usize,
+    i: usize,
+    size: usize,
+    at: &'static Location<'static>,
+) {
+    let now = block().stamp(lane().index);
+    let name = |access| match access {
+        Access::Read => "read",
+        Access::Write => "write",
+        Access::Atomic => "atomic update",
+        Access::Copy | Access::Landing => "copy under way",
+    };
+    match shadow.record(address, bytes, access, now) {
+        None => {}
+        Some(Finding::Uninitialized { byte }) => fault(FaultKind::Uninitialized { index: i + byte / size }, at),
+        Some(Finding::Race { byte, other, other_access }) => fault(
+            FaultKind::Race {
+                index: i + byte / size,
+                this: name(access),
+                other: name(other_access),
+                other_thread: other.thread,
+                other_block: other.block,
+            },
+            at,
+        ),
+    }
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn on_read(shadow: ShadowRef, base: usize, i: usize, size: usize, bytes: usize, len: usize) {
+    on_access(Access::Read, shadow, base, i, size, bytes, len);
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn on_write(shadow: ShadowRef, base: usize, i: usize, size: usize, bytes: usize, len: usize) {
+    on_access(Access::Write, shadow, base, i, size, bytes, len);
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn on_atomic(shadow: ShadowRef, base: usize, i: usize, size: usize, len: usize) {
+    on_access(Access::Atomic, shadow, base, i, size, size, len);
+}
+
+#[inline(always)]
+pub fn thread_idx() -> [u32; 3] {
+    lane().thread_idx
+}
+
+#[inline(always)]
+pub fn block_idx() -> [u32; 3] {
+    block().block_idx
+}
+
+#[inline(always)]
+pub fn block_dim() -> [u32; 3] {
+    block().launch.block
+}
+
+#[inline(always)]
+pub fn grid_dim() -> [u32; 3] {
+    block().launch.grid
+}
+
+#[inline(always)]
+pub fn lane_id() -> u32 {
+    lane().index % 32
+}
+
+/// # Safety
+/// None of its own: the scheduler checks convergence. So for all warp operations below.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn sync_threads() {
+    let lane = lane();
+    lane.at.set(Some(Location::caller()));
+    lane.wait.set(Wait::Barrier);
+    suspend(lane);
+}
+
+#[inline(always)]
+#[track_caller]
+fn together(operation: Operation, operands: [u32; 10]) -> [u32; 10] {
+    let lane = lane();
+    lane.at.set(Some(Location::caller()));
+    lane.payload.set(operands);
+    lane.wait.set(Wait::Warp(operation));
+    suspend(lane);
+    lane.payload.get()
+}
+
+#[inline(always)]
+fn operands<const N: usize>(values: [u32; N]) -> [u32; 10] {
+    let mut operands = [0; 10];
+    operands[..N].copy_from_slice(&values);
+    operands
+}
+
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn sync_warp() {
+    together(Operation::Sync, [0; 10]);
+}
+
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn shuffle_xor(value: u32, lane_mask: u32) -> u32 {
+    together(Operation::ShuffleXor, operands([value, lane_mask]))[0]
+}
+
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn shuffle_idx(value: u32, source: u32) -> u32 {
+    together(Operation::ShuffleIdx, operands([value, source]))[0]
+}
+
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn shuffle_down(value: u32, delta: u32) -> u32 {
+    together(Operation::ShuffleDown, operands([value, delta]))[0]
+}
+
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn ballot(predicate: bool) -> u32 {
+    together(Operation::Ballot, operands([predicate.into()]))[0]
+}
+
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn butterfly<const WIDTH: u32, const OPERATION: u8>(value: f32) -> f32 {
+    let operation = Operation::Butterfly { width: WIDTH, operation: OPERATION };
+    f32::from_bits(together(operation, operands([value.to_bits()]))[0])
+}
+
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn mma_m16n8k16_f16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
+    let [c0, c1, c2, c3] = c.map(f32::to_bits);
+    let result = together(Operation::MmaF16, [a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3]);
+    [result[0], result[1], result[2], result[3]].map(f32::from_bits)
+}
+
+/// Does an operation of a whole warp: operands out of the payloads, results into them.
+pub(super) fn complete(operation: Operation, lanes: &[Lane]) {
+    let operand: [[u32; 10]; 32] = core::array::from_fn(|l| lanes[l].payload.get());
+    let answer = |values: &dyn Fn(usize) -> u32| {
+        for (l, lane) in lanes.iter().enumerate() {
+            let mut payload = operand[l];
+            payload[0] = values(l);
+            lane.payload.set(payload);
+        }
+    };
+    match operation {
+        Operation::Sync => {}
+        Operation::ShuffleXor => answer(&|l| operand[(l ^ operand[l][1] as usize) & 31][0]),
+        Operation::ShuffleIdx => answer(&|l| operand[operand[l][1] as usize & 31][0]),
+        Operation::ShuffleDown => answer(&|l| {
+            let source = l + (operand[l][1] & 31) as usize;
+            operand[if source < 32 { source } else { l }][0]
+        }),
+        Operation::Ballot => {
+            let votes = (0..32).fold(0, |votes, l| votes | operand[l][0] << l);
+            answer(&|_| votes);
+        }
+        Operation::Butterfly { width, operation } => {
+            let mut values: [f32; 32] = core::array::from_fn(|l| f32::from_bits(operand[l][0]));
+            let mut step = width as usize / 2;
+            while step > 0 {
+                let before = values;
+                for (l, value) in values.iter_mut().enumerate() {
+                    let other = before[l ^ step];
+                    *value = if operation == SUM { before[l] + other } else { larger(before[l], other) };
+                }
+                step /= 2;
+            }
+            answer(&|l| values[l].to_bits());
+        }
+        Operation::MmaF16 => mma_f16(&operand, lanes),
+        Operation::LoadMatrix { transposed } => load_matrices(&operand, lanes, transposed),
+    }
+}
+
+/// `max.f32`: NaN counts as absent, and +0 is above −0, which `f32::max` leaves open.
+fn larger(a: f32, b: f32) -> f32 {
+    if a == 0.0 && b == 0.0 { a + b } else { a.max(b) }
+}
+
+/// The two f16 of a register. In integers and one exact product: it runs 192 times per `mma`, and `half`'s conversion asks
+/// the processor what it can do each time.
+#[inline(always)]
+fn halves(pair: u32) -> [f64; 2] {
+    [pair & 0xffff, pair >> 16].map(|bits| {
+        // The exponent of f16 is 112 below that of f32; the product makes up for it, for subnormals too.
+        let scaled = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);
+        let magnitude = if bits & 0x7c00 == 0x7c00 { f32::from_bits(0x7f80_0000 | (bits & 0x3ff) << 13) } else { scaled };
+        f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16).into()
+    })
+}
+
+/// D = A · B + C by the fragment table of [`crate::mma`].
+fn mma_f16(operand: &[[u32; 10]; 32], lanes: &[Lane]) {
+    // Indexed (row, k), (k, column) and (row, column). Products of f16 are exact in f64, and so, nearly always, their sum.
+    let (mut a, mut b, mut d) = ([[0.0f64; 16]; 16], [[0.0f64; 8]; 16], [[0.0f64; 8]; 16]);
+    for (l, operand) in operand.iter().enumerate() {
+        let (g, t) = (l / 4, l % 4);
+        for (register, &pair) in operand[..4].iter().enumerate() {
+            let (row, k) = (g + 8 * (register & 1), 2 * t + 8 * (register >> 1));
+            a[row][k..k + 2].copy_from_slice(&halves(pair));
+        }
+        for (register, &pair) in operand[4..6].iter().enumerate() {
+            let k = 2 * t + 8 * register;
+            [b[k][g], b[k + 1][g]] = halves(pair);
+        }
+        for (register, &bits) in operand[6..].iter().enumerate() {
+            d[g + 8 * (register >> 1)][2 * t + (register & 1)] = f32::from_bits(bits).into();
+        }
+    }
+    // Columns innermost: eight sums at a time instead of one chain of additions.
+    for (a, d) in a.iter().zip(&mut d) {
+        for (a, b) in a.iter().zip(&b) {
+            for (d, b) in d.iter_mut().zip(b) {
+                *d += a * b;
+            }
+        }
+    }
+    for (l, lane) in lanes.iter().enumerate() {
+        let (g, t) = (l / 4, l % 4);
+        let mut payload = operand[l];
+        for register in 0..4 {
+            payload[register] = (d[g + 8 * (register >> 1)][2 * t + (register & 1)] as f32).to_bits();
+        }
+        lane.payload.set(payload);
+    }
+}
+
+fn load_matrices(operand: &[[u32; 10]; 32], lanes: &[Lane], transposed: bool) {
+    let row_of = |lane: usize| {
+        let address = u64::from(operand[lane][0]) | u64::from(operand[lane][1]) << 32;
+        // SAFETY: `load_matrix_x4` checked that 16 bytes at this address are inside a shared array.
+        unsafe { *(address as *const [u16; 8]) }
+    };
+    for (l, lane) in lanes.iter().enumerate() {
+        let mut payload = operand[l];
+        for (matrix, register) in payload.iter_mut().take(4).enumerate() {
+            let element = |row: usize, column: usize| row_of(8 * matrix + row)[column];
+            let (row, column) = (l / 4, 2 * (l % 4));
+            let [low, high] = if transposed {
+                [element(column, row), element(column + 1, row)]
+            } else {
+                [element(row, column), element(row, column + 1)]
+            };
+            *register = u32::from(low) | u32::from(high) << 16;
+        }
+        lane.payload.set(payload);
+    }
+}
+
+#[inline(always)]
+pub fn exp2(x: f32) -> f32 {
+    // `.ftz`: subnormal operands and results are zero.
+    let result = x.exp2();
+    if result < f32::MIN_POSITIVE { 0.0 } else { result }
+}
+
+#[inline(always)]
+pub fn rsqrt(x: f32) -> f32 {
+    (1.0 / f64::from(x).sqrt()) as f32
+}
+
+#[inline(always)]
+pub fn sqrt(x: f32) -> f32 {
+    x.sqrt()
+}
+
+#[inline(always)]
+pub fn mul_add(x: f32, a: f32, b: f32) -> f32 {
+    // The product is exact in f64, so two roundings differ from one only on ties of ties: x86-64 has no baseline FMA, and
+    // libm's is ten times slower.
+    (f64::from(x) * f64::from(a) + f64::from(b)) as f32
+}
+
+#[inline(always)]
+pub fn floor(x: f32) -> f32 {
+    x.floor()
+}
+
+#[inline(always)]
+pub fn pack_f16x2(low: f32, high: f32) -> u32 {
+    u32::from(f16::from_f32(low).to_bits()) | u32::from(f16::from_f32(high).to_bits()) << 16
+}
+
+/// # Safety
+/// The bytes are readable; the caller checked them. So for the two below.
+#[inline(always)]
+pub unsafe fn load4(from: *const u32) -> u32 {
+    // SAFETY: the caller's promise.
+    unsafe { *from }
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+pub unsafe fn load8(from: *const u32) -> [u32; 2] {
+    // SAFETY: the caller's promise.
+    unsafe { *from.cast() }
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+pub unsafe fn load16(from: *const u32) -> [u32; 4] {
+    // SAFETY: the caller's promise.
+    unsafe { *from.cast() }
+}
+
+/// # Safety
+/// The bytes are writable; the caller checked them.
+#[inline(always)]
+pub unsafe fn store16(to: *mut u32, x: [u32; 4]) {
+    // SAFETY: the caller's promise.
+    unsafe { *to.cast() = x }
+}
+
+/// A shared array of the running block: where it starts on the host.
+pub type SharedAddress = usize;
+
+/// What `shared_array!` expands to: the array of this call site, made by the block's first thread that gets here.
+#[doc(hidden)]
+#[track_caller]
+pub fn shared_array<T: Element>(key: *const u8, len: usize) -> Shared<T> {
+    let block = block();
+    let bytes = len * size_of::<T>();
+    let mut arrays = block.arrays.borrow_mut();
+    let known = arrays.iter().find(|(other, _, other_bytes)| *other == key && *other_bytes == bytes);
+    let offset = if let Some((_, offset, _)) = known {
+        *offset
+    } else {
+        let offset = block.arena_used.get();
+        let used = (offset + bytes).next_multiple_of(16);
+        if used > SHARED_BYTES {
+            drop(arrays);
+            fault(FaultKind::SharedMemory { bytes: used, limit: SHARED_BYTES }, Location::caller());
+        }
+        block.arena_used.set(used);
+        arrays.push((key, offset, bytes));
+        offset
+    };
+    crate::shared::from_address(block.arena + offset, len)
+}
+
+#[inline(always)]
+#[track_caller]
+fn on_shared<T>(access: Access, base: SharedAddress, i: usize, bytes: usize, len: usize) -> usize {
+    let shadow = block().shared_shadow.as_ref().map(|shadow| NonNull::from(shadow).cast());
+    on_access(access, shadow, base, i, size_of::<T>(), bytes, len)
+}
+
+/// # Safety
+/// None of its own: bounds and alignment are checked. So for all below.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn shared_read<T: Element>(base: SharedAddress, i: usize, len: usize) -> T {
+    let address = on_shared::<T>(Access::Read, base, i, size_of::<T>(), len);
+    // SAFETY: checked.
+    unsafe { *(address as *const T) }
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn shared_write<T: Store>(base: SharedAddress, i: usize, len: usize, value: T) {
+    let address = on_shared::<T>(Access::Write, base, i, size_of::<T>(), len);
+    // SAFETY: checked.
+    unsafe { *(address as *mut T) = value }
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn shared_load4<T>(base: SharedAddress, i: usize, len: usize) -> u32 {
+    let address = on_shared::<T>(Access::Read, base, i, 4, len);
+    // SAFETY: checked.
+    unsafe { *(address as *const u32) }
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn shared_load16<T>(base: SharedAddress, i: usize, len: usize) -> [u32; 4] {
+    let address = on_shared::<T>(Access::Read, base, i, 16, len);
+    // SAFETY: checked.
+    unsafe { *(address as *const [u32; 4]) }
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn shared_store4<T>(base: SharedAddress, i: usize, len: usize, value: u32) {
+    let address = on_shared::<T>(Access::Write, base, i, 4, len);
+    // SAFETY: checked.
+    unsafe { *(address as *mut u32) = value }
+}
+
+/// # Safety
+/// As above.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn shared_store16<T>(base: SharedAddress, i: usize, len: usize, value: [u32; 4]) {
+    let address = on_shared::<T>(Access::Write, base, i, 16, len);
+    // SAFETY: checked.
+    unsafe { *(address as *mut [u32; 4]) = value }
+}
+
+/// # Safety
+/// As above.
+#[track_caller]
+pub unsafe fn load_matrix_x4<T>(base: SharedAddress, i: usize, len: usize, transposed: bool) -> [u32; 4] {
+    let address = on_shared::<T>(Access::Read, base, i, 16, len) as u64;
+    let result = together(Operation::LoadMatrix { transposed }, operands([address as u32, (address >> 32) as u32]));
+    [result[0], result[1], result[2], result[3]]
+}
+
+/// # Safety
+/// `from` is readable if `valid`; the caller checked it.
+#[track_caller]
+pub unsafe fn copy_async<T>(to: SharedAddress, i: usize, len: usize, from: *const u8, valid: bool) {
+    let at = Location::caller();
+    let elements = 16 / size_of::<T>();
+    if i >= len || elements > len - i {
+        fault(FaultKind::OutOfBounds { index: i.saturating_add(elements - 1), len }, at);
+    }
+    let to = to + i * size_of::<T>();
+    if !to.is_multiple_of(16) {
+        fault(FaultKind::Misaligned { address: to, alignment: 16 }, at);
+    }
+    // SAFETY: the caller's promise.
+    let data = if valid { unsafe { *from.cast() } } else { [0; 4] };
+    if let Some(shadow) = &block().shared_shadow {
+        record(shadow, Access::Copy, to, 16, i, size_of::<T>(), at);
+    }
+    let mut copies = lane().copies.borrow_mut();
+    let group = copies.committed;
+    copies.pending.push(PendingCopy { group, to, data });
+}
+
+pub fn cp_async_commit() {
+    lane().copies.borrow_mut().committed += 1;
+}
+
+/// The copies land here and not before: an access in between finds a race with the copy under way.
+pub fn cp_async_wait<const PENDING: u32>() {
+    let lane = lane();
+    let mut copies = lane.copies.borrow_mut();
+    let complete_below = copies.committed.saturating_sub(PENDING);
+    let landed: std::vec::Vec<PendingCopy> =
+        copies.pending.extract_if(.., |copy| copy.group < complete_below).collect();
+    drop(copies);
+    for PendingCopy { to, data, .. } in landed {
+        if let Some(shadow) = &block().shared_shadow {
+            shadow.record(to, 16, Access::Landing, block().stamp(lane.index));
+        }
+        // SAFETY: `copy_async` checked it.
+        unsafe { *(to as *mut [u32; 4]) = data };
+    }
+}
+
+macro_rules! atomic {
+    ($name:ident, $type:ty, $atomic:ty, $operation:ident) => {
+        /// # Safety
+        /// `to` is valid, and everyone accesses it by atomics only.
+        pub unsafe fn $name(to: *mut $type, value: $type) -> $type {
+            // SAFETY: the caller's promise.
+            unsafe { <$atomic>::from_ptr(to) }.$operation(value, core::sync::atomic::Ordering::Relaxed)
+        }
+    };
+}
+
+atomic!(atomic_add_u32, u32, core::sync::atomic::AtomicU32, fetch_add);
+atomic!(atomic_max_u32, u32, core::sync::atomic::AtomicU32, fetch_max);
+atomic!(atomic_add_u64, u64, core::sync::atomic::AtomicU64, fetch_add);
+atomic!(atomic_max_u64, u64, core::sync::atomic::AtomicU64, fetch_max);

@@ -1,0 +1,211 @@
+//! What the checked mode knows of each piece of memory: what was written, and who touched it last.
+
+use std::cell::UnsafeCell;
+use std::vec;
+use std::vec::Vec;
+
+/// Bytes per cell: the smallest element that several threads may write side by side.
+pub(super) const GRAIN: usize = 2;
+
+/// Who makes an access, and when: barriers order accesses of one block, `bar.warp.sync` those of one warp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    /// The launch's number, from 1; accesses of different launches are ordered.
+    pub launch: u32,
+    pub block: u32,
+    pub thread: u32,
+    pub block_epoch: u32,
+    pub warp_epoch: u32,
+}
+
+impl Stamp {
+    fn warp(self) -> u32 {
+        self.thread / 32
+    }
+
+    /// Whether `self`, the earlier access, is certain to be before `later` on every machine.
+    fn is_ordered_before(self, later: Stamp) -> bool {
+        self.launch != later.launch
+            || (self.block == later.block
+                && (self.thread == later.thread
+                    || self.block_epoch < later.block_epoch
+                    || (self.warp() == later.warp() && self.warp_epoch < later.warp_epoch)))
+    }
+}
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    Write,
+    Atomic,
+    /// A `cp.async` is issued: from here until it lands its destination is nobody's.
+    Copy,
+    /// The issuing thread has waited for it.
+    Landing,
+}
+
+/// What an access ran into.
+pub(super) enum Finding {
+    /// Nothing wrote these bytes.
+    Uninitialized { byte: usize },
+    /// Another thread's access, or a copy under way, is not ordered with this one.
+    Race { byte: usize, other: Stamp, other_access: Access },
+}
+
+/// What a cell holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    Nothing,
+    /// A copy under way, issued at the cell's `written`.
+    InFlight,
+    Written,
+}
+
+#[derive(Clone, Copy)]
+struct Cell {
+    written: Stamp,
+    written_by: Access,
+    /// One of the reads, or one of the atomic updates, since the last write that no later one of them is ordered after.
+    /// Reads and updates exclude each other, so one place serves both.
+    last: Stamp,
+    last_by: Access,
+    /// Who made those.
+    by: By,
+}
+
+/// Whose accesses a cell's `last` stands for. It is exact: whoever is not ordered after `last` by this rule is not ordered
+/// after one of them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    One,
+    /// Several of one warp, since its last `bar.warp.sync`.
+    SeveralOfOneWarp,
+    /// Several of one block, since its last barrier.
+    SeveralOfOneBlock,
+    SeveralBlocks,
+}
+
+impl Cell {
+    /// Whether all that `last` stands for is certain to be before `now`.
+    fn last_is_ordered_before(&self, now: Stamp) -> bool {
+        let last = self.last;
+        let barrier_between = last.block == now.block && last.block_epoch < now.block_epoch;
+        let warp_sync_between =
+            last.block == now.block && last.warp() == now.warp() && last.warp_epoch < now.warp_epoch;
+        last.launch != now.launch
+            || match self.by {
+                By::One => last.is_ordered_before(now),
+                By::SeveralOfOneWarp => barrier_between || warp_sync_between,
+                By::SeveralOfOneBlock => barrier_between,
+                By::SeveralBlocks => false,
+            }
+    }
+
+    /// A read or atomic update at `now` joins others of its kind.
+    fn join(&mut self, access: Access, now: Stamp) {
+        if self.last_is_ordered_before(now) {
+            (self.last, self.last_by, self.by) = (now, access, By::One);
+        } else if self.last.block != now.block {
+            self.by = By::SeveralBlocks;
+        } else if self.by == By::One || self.by == By::SeveralOfOneWarp {
+            let same_warp = self.last.warp() == now.warp();
+            self.by = if same_warp { By::SeveralOfOneWarp } else { By::SeveralOfOneBlock };
+        }
+    }
+}
+
+const NEVER: Stamp = Stamp { launch: 0, block: 0, thread: 0, block_epoch: 0, warp_epoch: 0 };
+const FRESH: Cell =
+    Cell { written: NEVER, written_by: Access::Write, last: NEVER, last_by: Access::Read, by: By::One };
+
+/// The shadow of one allocation.
+pub(super) struct Shadow {
+    base: usize,
+    state: UnsafeCell<State>,
+}
+
+struct State {
+    contents: Vec<Content>,
+    cells: Vec<Cell>,
+}
+
+// SAFETY: `state` is only touched under the emulator's lock, which checked launches and the host's copies hold, and a
+// checked launch runs on one thread.
+unsafe impl Sync for Shadow {}
+// SAFETY: as above.
+unsafe impl Send for Shadow {}
+
+impl Shadow {
+    pub fn new(base: usize, bytes: usize) -> Self {
+        let state = State { contents: vec![Content::Nothing; bytes.div_ceil(GRAIN)], cells: Vec::new() };
+        Self { base, state: UnsafeCell::new(state) }
+    }
+
+    #[expect(clippy::mut_from_ref, reason = "see the SAFETY comment of `Sync`")]
+    fn state(&self) -> &mut State {
+        // SAFETY: one thread at a time, and no reference outlives a method of this type.
+        unsafe { &mut *self.state.get() }
+    }
+
+    /// The host wrote or filled `bytes` at `address`.
+    pub fn initialize(&self, address: usize, bytes: usize) {
+        let first = (address - self.base) / GRAIN;
+        let last = (address - self.base + bytes).div_ceil(GRAIN);
+        self.state().contents[first..last].fill(Content::Written);
+    }
+
+    /// The first byte in `bytes` at `address` that nothing wrote.
+    pub fn first_uninitialized(&self, address: usize, bytes: usize) -> Option<usize> {
+        if bytes == 0 {
+            return None;
+        }
+        let first = (address - self.base) / GRAIN;
+        let last = (address - self.base + bytes).div_ceil(GRAIN);
+        let found = first + self.state().contents[first..last].iter().position(|&held| held != Content::Written)?;
+        Some((self.base + found * GRAIN).saturating_sub(address))
+    }
+
+    /// Records an access of the kernel, and says what is wrong with it.
+    pub fn record(&self, address: usize, bytes: usize, access: Access, now: Stamp) -> Option<Finding> {
+        let state = self.state();
+        if state.cells.is_empty() {
+            state.cells = vec![FRESH; state.contents.len()];
+        }
+        let first = (address - self.base) / GRAIN;
+        let last = (address - self.base + bytes).div_ceil(GRAIN);
+        for grain in first..last {
+            let byte = (grain * GRAIN + self.base).saturating_sub(address);
+            let (cell, content) = (&mut state.cells[grain], &mut state.contents[grain]);
+            let race = |other, other_access| Some(Finding::Race { byte, other, other_access });
+
+            if access == Access::Landing {
+                // Between issue and landing every other access was refused.
+                (cell.written, cell.written_by, *content) = (now, Access::Write, Content::Written);
+                continue;
+            }
+            if *content == Content::InFlight {
+                return race(cell.written, Access::Copy);
+            }
+            let reads = access == Access::Read || access == Access::Atomic;
+            if reads && *content == Content::Nothing {
+                return Some(Finding::Uninitialized { byte });
+            }
+            if !cell.written.is_ordered_before(now) {
+                return race(cell.written, cell.written_by);
+            }
+            if access != cell.last_by && !cell.last_is_ordered_before(now) {
+                return race(cell.last, cell.last_by);
+            }
+            match access {
+                Access::Read | Access::Atomic => cell.join(access, now),
+                _ => {
+                    // Whoever is ordered after this write is ordered after what was before it.
+                    *cell = Cell { written: now, written_by: access, ..FRESH };
+                    *content = if access == Access::Copy { Content::InFlight } else { Content::Written };
+                }
+            }
+        }
+        None
+    }
+}
