@@ -1,0 +1,268 @@
+//! Holds the compiled kernels against what is committed: their interface, and the instructions that must neither
+//! double nor vanish; and fails on what should never be there: spills, stack frames, panics.
+//!
+//! Why the counts: rustc may copy a barrier or a shuffle into both sides of a divergent branch. The flags of
+//! `cuda_builder` forbid it, and a count that changed is how one would learn that they no longer do.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::PathBuf;
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use crate::process::{Error, at};
+use crate::ptx::{self, Counts, Entry, Module};
+use crate::ptxas::{self, Report};
+use crate::workspace::{self, ARCHITECTURES};
+
+const COUNTS: &str = "docs/audit.csv";
+const INTERFACE: &str = "docs/ffi-interface-locked.md";
+
+/// Checks what needs the PTX text alone: no panics, the counts of `docs/audit.csv`, and the interface of
+/// `docs/ffi-interface-locked.md`. With `bless`, writes both files instead of comparing.
+///
+/// # Errors
+///
+/// [`Error::Found`] naming every entry that differs.
+pub fn interface(bless: bool) -> Result<(), Error> {
+    let modules = read_modules()?;
+    let panics = modules.iter().flat_map(|(architecture, module)| panics(architecture, module)).collect::<Vec<_>>();
+    fail_if(panics)?;
+    let document = interface_document(&modules).map_err(|faults| Error::Found(faults.join("\n")))?;
+    let counts = counts_document(&modules);
+
+    let (counts_path, interface_path) = (workspace::root().join(COUNTS), workspace::root().join(INTERFACE));
+    if bless {
+        fs::write(&counts_path, counts).map_err(at(&counts_path))?;
+        return fs::write(&interface_path, document).map_err(at(&interface_path));
+    }
+    let committed = |path: &PathBuf| {
+        fs::read_to_string(path).map_err(|error| {
+            Error::Found(format!("{}: {error}; `cargo xtask audit --bless` writes it", path.display()))
+        })
+    };
+    let mut faults = drift(COUNTS, &committed(&counts_path)?, &counts);
+    faults.extend(drift(INTERFACE, &committed(&interface_path)?, &document));
+    if !faults.is_empty() {
+        faults.push("if this is meant, `cargo xtask audit --bless` records it".into());
+    }
+    fail_if(faults)
+}
+
+/// Assembles every module with ptxas, prints a table for each, and fails on spills, stack frames and lost
+/// optimizations.
+///
+/// # Errors
+///
+/// [`Error::Found`] naming every entry at fault.
+pub fn assembled() -> Result<(), Error> {
+    let ptxas = ptxas::find()?;
+    let mut faults = Vec::new();
+    for (architecture, module) in read_modules()? {
+        let report = ptxas::assemble(&ptxas, &workspace::ptx(architecture), architecture)?;
+        println!("{architecture}\n{}", table(&module, &report));
+        faults.extend(assembly_faults(architecture, &module, &report));
+    }
+    fail_if(faults)
+}
+
+fn read_modules() -> Result<Vec<(&'static str, Module)>, Error> {
+    let read = |architecture: &'static str| {
+        let path = workspace::ptx(architecture);
+        let text = fs::read_to_string(&path).map_err(at(&path))?;
+        let module = ptx::parse(&text).map_err(|fault| Error::Found(format!("{}: {fault}", path.display())))?;
+        Ok((architecture, module))
+    };
+    ARCHITECTURES.into_iter().map(read).collect()
+}
+
+fn fail_if(faults: Vec<String>) -> Result<(), Error> {
+    if faults.is_empty() { Ok(()) } else { Err(Error::Found(faults.join("\n"))) }
+}
+
+fn panics(architecture: &str, module: &Module) -> Vec<String> {
+    let faulty = module.entries.iter().filter(|(_, entry)| !entry.panics.is_empty());
+    faulty
+        .map(|(name, entry)| {
+            let functions = entry.panics.iter().map(String::as_str).collect::<Vec<_>>();
+            format!("{architecture}: {name} can panic: {}", functions.join(", "))
+        })
+        .collect()
+}
+
+fn assembly_faults(architecture: &str, module: &Module, report: &Report) -> Vec<String> {
+    let mut faults = Vec::new();
+    for name in module.entries.keys() {
+        match report.entries.get(name) {
+            None => faults.push(format!("{architecture}: {name}: ptxas reports nothing")),
+            Some(resources) => {
+                if resources.spill_bytes > 0 {
+                    faults.push(format!("{architecture}: {name} spills {} bytes; expected 0", resources.spill_bytes));
+                }
+                if resources.stack_bytes > 0 {
+                    let found = resources.stack_bytes;
+                    faults.push(format!("{architecture}: {name} has a stack frame of {found} bytes; expected 0"));
+                }
+            }
+        }
+    }
+    faults.extend(report.losses.iter().map(|loss| format!("{architecture}: {loss}")));
+    faults
+}
+
+fn table(module: &Module, report: &Report) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    let header = ["entry", "instructions", "registers", "shared", "stack", "spill"].map(str::to_owned).into_iter();
+    table.set_header(header.chain(Counts::default().audited().map(|(name, _)| name.to_owned())));
+    for (name, entry) in &module.entries {
+        let resources = report.entries.get(name).copied().unwrap_or_default();
+        let numbers = [
+            entry.counts.instructions,
+            resources.registers,
+            resources.shared_bytes,
+            resources.stack_bytes,
+            resources.spill_bytes,
+        ];
+        let counts = entry.counts.audited().map(|(_, count)| count);
+        table.add_row(std::iter::once(name.clone()).chain(numbers.into_iter().chain(counts).map(|n| n.to_string())));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// `docs/audit.csv`: a line per entry and architecture, by entry.
+fn counts_document(modules: &[(&str, Module)]) -> String {
+    let columns = Counts::default().audited().map(|(name, _)| name).join(",");
+    let mut lines = Vec::new();
+    for (architecture, module) in modules {
+        for (name, entry) in &module.entries {
+            let counts = entry.counts.audited().map(|(_, count)| count.to_string()).join(",");
+            lines.push(format!("{name},{architecture},{counts}"));
+        }
+    }
+    lines.sort();
+    format!("entry,arch,{columns}\n{}\n", lines.join("\n"))
+}
+
+/// `docs/ffi-interface-locked.md`, or how the architectures differ.
+fn interface_document(modules: &[(&str, Module)]) -> Result<String, Vec<String>> {
+    let interfaces = modules.iter().map(|(architecture, module)| {
+        let lines = module.entries.iter().map(|(name, entry)| (name.as_str(), interface_row(name, entry)));
+        (*architecture, lines.collect::<BTreeMap<_, _>>())
+    });
+    let interfaces = interfaces.collect::<Vec<_>>();
+    let ((first, rows), others) = interfaces.split_first().ok_or_else(|| vec!["no architecture".to_owned()])?;
+    let mut faults = Vec::new();
+    for (other, other_rows) in others {
+        let names = rows.keys().chain(other_rows.keys().filter(|name| !rows.contains_key(*name)));
+        for name in names {
+            match (rows.get(name), other_rows.get(name)) {
+                (Some(a), Some(b)) if a != b => faults.push(format!("{first} and {other} differ:\n  {a}\n  {b}")),
+                (None, _) => faults.push(format!("{name} is in {other}, but not in {first}")),
+                (_, None) => faults.push(format!("{name} is in {first}, but not in {other}")),
+                _ => {}
+            }
+        }
+    }
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+
+    let mut text = String::from(
+        "# The kernels' interface\n\n\
+         What the host launches: the entries of the PTX, the same for every architecture. Written by\n\
+         `cargo xtask audit --bless`; `cargo xtask test` fails when the PTX no longer matches it.\n\n\
+         A slice is two parameters, its address (`.ptr`) and its length in elements. Bounds are the directives that\n\
+         `#[kernel]` declares and a launch has to keep.\n\n\
+         | entry | parameters | bounds |\n| --- | --- | --- |\n",
+    );
+    for row in rows.values() {
+        writeln!(text, "{row}").expect("a String takes any text");
+    }
+    Ok(text)
+}
+
+fn interface_row(name: &str, entry: &Entry) -> String {
+    let none = || "none".to_owned();
+    // Parameter names repeat the entry's; what is left is the index, or the size of an array.
+    let parameter = |p: &ptx::Parameter| {
+        let index = p.name.strip_prefix(name).and_then(|rest| rest.strip_prefix("_param_")).unwrap_or(&p.name);
+        format!("`{index}: {}`", p.ty)
+    };
+    let parameters = entry.parameters.iter().map(parameter).reduce(|a, b| a + ", " + &b).unwrap_or_else(none);
+    let bounds = entry.directives.iter().map(|d| format!("`{d}`")).reduce(|a, b| a + ", " + &b).unwrap_or_else(none);
+    format!("| `{name}` | {parameters} | {bounds} |")
+}
+
+/// The lines of a committed file that the PTX no longer gives, and those it gives instead.
+fn drift(file: &str, committed: &str, current: &str) -> Vec<String> {
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+    let (committed, current) = (lines(committed), lines(current));
+    let gone = committed.iter().filter(|line| !current.contains(line)).map(|line| format!("{file}: - {line}"));
+    let new = current.iter().filter(|line| !committed.contains(line)).map(|line| format!("{file}: + {line}"));
+    let mut faults = gone.chain(new).collect::<Vec<_>>();
+    if faults.is_empty() && committed != current {
+        faults.push(format!("{file}: the lines are the same, but not their order or number"));
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ptxas::Resources;
+
+    const PTX: &str = ".visible .entry scale(\n\t.param .u64 .ptr .align 1 scale_param_0,\n\t.param .u64 scale_param_1\n)\
+                       \n.maxntid 256, 1, 1\n{\n\tbar.sync 0;\n\tret;\n}\n";
+
+    fn module(text: &str) -> Module {
+        ptx::parse(text).expect("it is well formed")
+    }
+
+    #[test]
+    fn documents_list_every_entry() {
+        let modules = [("sm_80", module(PTX)), ("sm_90a", module(PTX))];
+        let counts = "entry,arch,barriers,shuffles,votes,mma,wgmma,ldmatrix,cp_async,mbarrier,griddep,calls\n\
+                      scale,sm_80,1,0,0,0,0,0,0,0,0,0\nscale,sm_90a,1,0,0,0,0,0,0,0,0,0\n";
+        assert_eq!(counts_document(&modules), counts);
+        let document = interface_document(&modules).expect("they agree");
+        let row = "| `scale` | `0: .u64 .ptr .align 1`, `1: .u64` | `.maxntid 256, 1, 1` |\n";
+        assert!(document.ends_with(row), "{document}");
+    }
+
+    #[test]
+    fn architectures_must_agree() {
+        let other = PTX.replace(".maxntid 256", ".maxntid 128") + ".visible .entry only() { ret; }";
+        let faults =
+            interface_document(&[("sm_80", module(PTX)), ("sm_90a", module(&other))]).expect_err("they differ");
+        assert_eq!(faults.len(), 2, "{faults:?}");
+        assert!(faults[0].contains(".maxntid 256") && faults[0].contains(".maxntid 128"), "{faults:?}");
+        assert_eq!(faults[1], "only is in sm_90a, but not in sm_80");
+    }
+
+    #[test]
+    fn spills_stack_frames_losses_and_panics_are_faults() {
+        let module = module(&PTX.replace("bar.sync 0;", "call.uni core_panic, ();"));
+        assert_eq!(panics("sm_80", &module), ["sm_80: scale can panic: core_panic"]);
+        let resources = Resources { registers: 8, shared_bytes: 0, stack_bytes: 16, spill_bytes: 4 };
+        let report = Report { entries: BTreeMap::from([("scale".into(), resources)]), losses: vec!["(C7510)".into()] };
+        let faults = [
+            "sm_80: scale spills 4 bytes; expected 0",
+            "sm_80: scale has a stack frame of 16 bytes; expected 0",
+            "sm_80: (C7510)",
+        ];
+        assert_eq!(assembly_faults("sm_80", &module, &report), faults);
+        assert_eq!(assembly_faults("sm_80", &module, &Report::default()), ["sm_80: scale: ptxas reports nothing"]);
+    }
+
+    #[test]
+    fn drift_shows_both_lines() {
+        assert_eq!(drift("f", "a\nb\n", "a\nc\n"), ["f: - b", "f: + c"]);
+        assert_eq!(drift("f", "a\nb\n", "b\na\n"), ["f: the lines are the same, but not their order or number"]);
+        assert_eq!(drift("f", "a\n", "a\n"), [""; 0]);
+    }
+}
