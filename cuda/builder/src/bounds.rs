@@ -60,8 +60,7 @@ mod tests {
     #[test]
     fn directives_stand_between_parameters_and_body() {
         let ptx = format!("//@ bounds scale threads=256 blocks_per_sm=2\n{ENTRY}");
-        let expected =
-            ".visible .entry scale(\n\t.param .u64 scale_param_0\n)\n.maxntid 256, 1, 1\n.minnctapersm 2\n{\n\tret;\n}\n";
+        let expected = ".visible .entry scale(\n\t.param .u64 scale_param_0\n)\n.maxntid 256, 1, 1\n.minnctapersm 2\n{\n\tret;\n}\n";
         assert_eq!(write_launch_bounds(&ptx).unwrap(), expected);
     }
 

@@ -161,7 +161,8 @@ impl CudaBuilder {
         let deps = out_dir.join("nvptx64-nvidia-cuda/release/deps");
         let assembly = newest(&deps, "s").map_err(io("cannot read the assembly"))?;
         let text = fs::read_to_string(&assembly).map_err(io("cannot read the assembly"))?;
-        let sources = sources_of(&out_dir.join("nvptx64-nvidia-cuda/release")).map_err(io("cannot read the dep-info"))?;
+        let sources =
+            sources_of(&out_dir.join("nvptx64-nvidia-cuda/release")).map_err(io("cannot read the dep-info"))?;
         Ok(Ptx { text: write_launch_bounds(&text)?, sources })
     }
 }

@@ -42,11 +42,13 @@ impl Parse for Bounds {
         while !input.is_empty() {
             let name: Ident = input.parse()?;
             input.parse::<Token![=]>()?;
-            let value = Some(input.parse()?);
-            match name.to_string().as_str() {
-                "threads" => threads = value,
-                "blocks_per_sm" => blocks_per_sm = value,
+            let bound = match name.to_string().as_str() {
+                "threads" => &mut threads,
+                "blocks_per_sm" => &mut blocks_per_sm,
                 _ => return Err(Error::new(name.span(), "expected `threads` or `blocks_per_sm`")),
+            };
+            if bound.replace(input.parse()?).is_some() {
+                return Err(Error::new(name.span(), "this bound stands twice"));
             }
             if !input.is_empty() {
                 input.parse::<Token![,]>()?;
@@ -67,6 +69,9 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
     let signature = &function.sig;
     if signature.unsafety.is_none() {
         return Err(Error::new(signature.fn_token.span, "a kernel is an `unsafe fn`: its launch is a contract"));
+    }
+    if let Some(asyncness) = signature.asyncness {
+        return Err(Error::new(asyncness.span, "a kernel is not `async`: nobody would poll it"));
     }
     if !signature.generics.params.is_empty() {
         return Err(Error::new(signature.generics.span(), "a kernel has no generics; call a generic function from it"));
@@ -151,7 +156,11 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
             pub const ENTRY: &'static ::cuda_std::Entry = &::cuda_std::Entry {
                 name: #text,
                 params: &[#(#params),*],
-                threads: #threads,
+                threads: {
+                    let threads: u32 = #threads;
+                    ::core::assert!(1 <= threads && threads <= 1024, "a block has 1 to 1024 threads");
+                    threads
+                },
                 blocks_per_sm: #blocks_per_sm,
                 emulate: Self::emulate,
             };
@@ -171,7 +180,6 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
             ///
             /// The slices are memory of this device that lives until the launch is done, and the kernel's own `# Safety`
             /// section holds.
-            #[allow(clippy::too_many_arguments, reason = "the kernel's own")]
             pub unsafe fn run(
                 launcher: &dyn ::cuda_std::Launcher,
                 launch: ::cuda_std::Launch,

@@ -9,7 +9,7 @@ use std::vec::Vec;
 
 use core::panic::Location;
 
-use corosensei::stack::{DefaultStack, Stack, StackPointer};
+use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
 use super::fault::{Fault, FaultKind, place};
@@ -24,37 +24,11 @@ pub(super) const SHARED_BYTES: usize = 48 * 1024;
 pub(super) const POISON: u8 = super::POISON;
 const WARP: usize = 32;
 
-type Thread = Coroutine<(), (), (), ThreadStack>;
-
-/// A thread's stack. Stacks begin at different offsets in their pages: if all began at the same, the threads of a block
-/// would fight for the same few sets of the cache.
-struct ThreadStack {
-    mapped: DefaultStack,
-    skipped: usize,
-}
-
-impl ThreadStack {
-    fn new(nth: usize) -> Self {
-        let mapped = DefaultStack::new(STACK_BYTES).expect("the host maps a stack for each thread of a block");
-        // 15 steps of 272 bytes fill a page.
-        Self { mapped, skipped: nth % 15 * 272 }
-    }
-}
-
-// SAFETY: `mapped` keeps the contract; a few bytes at its top are left unused, which keeps alignment (272 = 17 · 16).
-unsafe impl Stack for ThreadStack {
-    fn base(&self) -> StackPointer {
-        StackPointer::new(self.mapped.base().get() - self.skipped).expect("the stack is larger than a page")
-    }
-
-    fn limit(&self) -> StackPointer {
-        self.mapped.limit()
-    }
-}
+type Thread = Coroutine<(), (), (), DefaultStack>;
 
 std::thread_local! {
     /// Stacks outlive blocks: mapping one costs more than a small block.
-    static STACKS: RefCell<Vec<ThreadStack>> = const { RefCell::new(Vec::new()) };
+    static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
     static ARENAS: RefCell<Vec<Vec<u128>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -234,7 +208,9 @@ impl<'a> Scheduler<'a> {
     fn begin(&self, index: usize) -> Thread {
         let emulate = self.block.entry.emulate;
         let (lane, arguments): (*const Lane, *const [Argument]) = (&raw const self.lanes[index], self.arguments);
-        let stack = STACKS.with_borrow_mut(Vec::pop).unwrap_or_else(|| ThreadStack::new(index));
+        let stack = STACKS.with_borrow_mut(Vec::pop).unwrap_or_else(|| {
+            DefaultStack::new(STACK_BYTES).expect("the host maps a stack for each thread of a block")
+        });
         Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
             // SAFETY: `lane` and `arguments` outlive the coroutine: `Scheduler` drops it, and `run` holds both. The
             // kernel's contract is that of the launch.

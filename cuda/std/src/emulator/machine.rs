@@ -371,7 +371,8 @@ fn halves(pair: u32) -> [f64; 2] {
     [pair & 0xffff, pair >> 16].map(|bits| {
         // The exponent of f16 is 112 below that of f32; the product makes up for it, for subnormals too.
         let scaled = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);
-        let magnitude = if bits & 0x7c00 == 0x7c00 { f32::from_bits(0x7f80_0000 | (bits & 0x3ff) << 13) } else { scaled };
+        let magnitude =
+            if bits & 0x7c00 == 0x7c00 { f32::from_bits(0x7f80_0000 | (bits & 0x3ff) << 13) } else { scaled };
         f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16).into()
     })
 }
@@ -436,8 +437,8 @@ fn load_matrices(operand: &[[u32; 10]; 32], lanes: &[Lane], transposed: bool) {
 
 #[inline(always)]
 pub fn exp2(x: f32) -> f32 {
-    // `.ftz`: subnormal operands and results are zero.
-    let result = x.exp2();
+    // `.ftz`: subnormal operands and results are zero. Through f64, since hosts' libraries differ in the last bit of f32.
+    let result = f64::from(x).exp2() as f32;
     if result < f32::MIN_POSITIVE { 0.0 } else { result }
 }
 
@@ -453,9 +454,11 @@ pub fn sqrt(x: f32) -> f32 {
 
 #[inline(always)]
 pub fn mul_add(x: f32, a: f32, b: f32) -> f32 {
-    // The product is exact in f64, so two roundings differ from one only on ties of ties: x86-64 has no baseline FMA, and
-    // libm's is ten times slower.
-    (f64::from(x) * f64::from(a) + f64::from(b)) as f32
+    // The product is exact in f64. Rounding the sum twice differs from once only if the first ends in the middle between two
+    // f32; their subnormals have their middles elsewhere. x86-64 has no baseline FMA, and libm's is ten times slower.
+    let sum = f64::from(x) * f64::from(a) + f64::from(b);
+    let in_the_middle = sum.to_bits() & 0x1fff_ffff == 0x1000_0000;
+    if in_the_middle || sum.abs() < f64::from(f32::MIN_POSITIVE) { x.mul_add(a, b) } else { sum as f32 }
 }
 
 #[inline(always)]

@@ -57,25 +57,30 @@ pub(super) enum Finding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Content {
     Nothing,
-    /// A copy under way, issued at the cell's `written`.
+    /// A copy under way, issued at the cell's `before`.
     InFlight,
     Written,
 }
 
+/// The accesses to a cell that may still race with later ones. Reads do not race with each other, nor do atomic updates,
+/// so what counts is the last run of one kind, and what was before that run. Older accesses need not be kept: whoever is
+/// ordered after the run is ordered after them.
 #[derive(Clone, Copy)]
 struct Cell {
-    written: Stamp,
-    written_by: Access,
-    /// One of the reads, or one of the atomic updates, since the last write that no later one of them is ordered after.
-    /// Reads and updates exclude each other, so one place serves both.
+    /// A write, or one of the run before `last`.
+    before: Stamp,
+    before_by: Access,
+    /// The first of a run of reads or of atomic updates, less those that a later one of them is ordered after.
     last: Stamp,
     last_by: Access,
-    /// Who made those.
+    /// Who made them.
     by: By,
+    /// If several: block and thread of one that is not ordered with `last`.
+    also: (u32, u32),
 }
 
-/// Whose accesses a cell's `last` stands for. It is exact: whoever is not ordered after `last` by this rule is not ordered
-/// after one of them.
+/// Who made the accesses that a cell's `last` stands for. This is exact: whoever is not ordered after `last` by this rule
+/// is not ordered after one of them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum By {
     One,
@@ -102,22 +107,36 @@ impl Cell {
             }
     }
 
-    /// A read or atomic update at `now` joins others of its kind.
+    /// One of those that `last` stands for and that is not ordered before `now`.
+    fn unordered_with(&self, now: Stamp) -> Stamp {
+        let (block, thread) = self.also;
+        if self.last.is_ordered_before(now) { Stamp { block, thread, ..self.last } } else { self.last }
+    }
+
+    /// A read or atomic update at `now`, which races with nothing, is the newest.
     fn join(&mut self, access: Access, now: Stamp) {
         if self.last_is_ordered_before(now) {
+            if access != self.last_by && self.last.launch == now.launch {
+                (self.before, self.before_by) = (self.last, self.last_by);
+            }
             (self.last, self.last_by, self.by) = (now, access, By::One);
-        } else if self.last.block != now.block {
-            self.by = By::SeveralBlocks;
-        } else if self.by == By::One || self.by == By::SeveralOfOneWarp {
-            let same_warp = self.last.warp() == now.warp();
-            self.by = if same_warp { By::SeveralOfOneWarp } else { By::SeveralOfOneBlock };
+            return;
+        }
+        let by = match self.by {
+            _ if self.last.block != now.block => By::SeveralBlocks,
+            By::One | By::SeveralOfOneWarp if self.last.warp() == now.warp() => By::SeveralOfOneWarp,
+            By::SeveralBlocks => By::SeveralBlocks,
+            _ => By::SeveralOfOneBlock,
+        };
+        if by != self.by {
+            (self.by, self.also) = (by, (now.block, now.thread));
         }
     }
 }
 
 const NEVER: Stamp = Stamp { launch: 0, block: 0, thread: 0, block_epoch: 0, warp_epoch: 0 };
 const FRESH: Cell =
-    Cell { written: NEVER, written_by: Access::Write, last: NEVER, last_by: Access::Read, by: By::One };
+    Cell { before: NEVER, before_by: Access::Write, last: NEVER, last_by: Access::Read, by: By::One, also: (0, 0) };
 
 /// The shadow of one allocation.
 pub(super) struct Shadow {
@@ -181,29 +200,29 @@ impl Shadow {
 
             if access == Access::Landing {
                 // Between issue and landing every other access was refused.
-                (cell.written, cell.written_by, *content) = (now, Access::Write, Content::Written);
+                (cell.before, cell.before_by, *content) = (now, Access::Write, Content::Written);
                 continue;
             }
             if *content == Content::InFlight {
-                return race(cell.written, Access::Copy);
+                return race(cell.before, Access::Copy);
             }
             let reads = access == Access::Read || access == Access::Atomic;
             if reads && *content == Content::Nothing {
                 return Some(Finding::Uninitialized { byte });
             }
-            if !cell.written.is_ordered_before(now) {
-                return race(cell.written, cell.written_by);
-            }
+            // Two of one kind race only if they write; an access of the older kind is checked against the newer.
             if access != cell.last_by && !cell.last_is_ordered_before(now) {
-                return race(cell.last, cell.last_by);
+                return race(cell.unordered_with(now), cell.last_by);
             }
-            match access {
-                Access::Read | Access::Atomic => cell.join(access, now),
-                _ => {
-                    // Whoever is ordered after this write is ordered after what was before it.
-                    *cell = Cell { written: now, written_by: access, ..FRESH };
-                    *content = if access == Access::Copy { Content::InFlight } else { Content::Written };
-                }
+            let of_one_kind = reads && access == cell.before_by;
+            if !of_one_kind && !cell.before.is_ordered_before(now) {
+                return race(cell.before, cell.before_by);
+            }
+            if reads {
+                cell.join(access, now);
+            } else {
+                *cell = Cell { before: now, before_by: access, ..FRESH };
+                *content = if access == Access::Copy { Content::InFlight } else { Content::Written };
             }
         }
         None
