@@ -4,7 +4,7 @@ use crate::damage::{apply, damage};
 use crate::write::{File, Val, text, texts};
 use gpt_gamma::adapter::{
     AttentionSpec, Error, FfnSpec, GptInferenceAdapter, InferenceAdapter, LayerSpec, LinearSpec, ModelSpec, NormSpec,
-    TensorId, detect,
+    QkvSpec, TensorId, detect,
 };
 use gpt_gamma::gguf::{MetadataError, TensorInfo, TensorType, parse};
 use gpt_gamma::model_file::ModelFile;
@@ -95,8 +95,8 @@ fn every_tensor_plays_its_part() {
     let linear = |at, n_in, n_out| LinearSpec { weight: TensorId(at), bias: Some(TensorId(at + 1)), n_in, n_out };
     let layer = |at| LayerSpec {
         attention_norm: norm(at),
-        qkv: linear(at + 2, 32, 96),
-        attention: AttentionSpec { scale: 8_f32.sqrt().recip() },
+        qkv: QkvSpec::Fused(linear(at + 2, 32, 96)),
+        attention: AttentionSpec { scale: 8_f32.sqrt().recip(), window: None, sinks: None, rope: None },
         attention_output: linear(at + 4, 32, 32),
         ffn_norm: norm(at + 6),
         ffn: FfnSpec::Gelu { up: linear(at + 8, 32, 96), down: linear(at + 10, 96, 32) },
@@ -132,10 +132,10 @@ fn the_bundled_models_map_in_full() {
         assert_eq!(spec.layers[0].attention.scale, 0.125);
         // The order of tensors differs between these files; the names do not.
         let name = |id: TensorId| &*file.tensors()[id.0].name;
-        let FfnSpec::Gelu { down, .. } = &spec.layers[3].ffn;
+        let FfnSpec::Gelu { down, .. } = &spec.layers[3].ffn else { panic!("no mixture of experts") };
         assert_eq!(name(down.weight), "blk.3.ffn_down.weight");
         assert_eq!(down.bias.map(name), Some("blk.3.ffn_down.bias"));
-        let NormSpec::Layer { gamma, beta, epsilon } = &spec.layers[1].ffn_norm;
+        let NormSpec::Layer { gamma, beta, epsilon } = &spec.layers[1].ffn_norm else { panic!("no RMS norm") };
         assert_eq!((name(*gamma), name(*beta), *epsilon), ("blk.1.ffn_norm.weight", "blk.1.ffn_norm.bias", 1.0e-5));
         assert_eq!(spec.position_embedding.map(name), Some("position_embd.weight"));
     }
@@ -145,10 +145,8 @@ fn the_bundled_models_map_in_full() {
 fn other_architectures_are_refused_by_name() {
     let architecture = |name: &str| with_key("general.architecture", text(name));
     refuse(&architecture("llama"), Error::UnknownArchitecture { found: "llama".into() });
-    refuse(&architecture("gpt-oss"), Error::NotYetSupported { found: "gpt-oss" });
-    refuse(&architecture("gptoss"), Error::OllamaLayout { found: "gptoss" });
     let message = adapt(&architecture("GPT2")).unwrap_err().to_string();
-    assert!(message.starts_with("architecture \"GPT2\" is not supported; supported: gpt2"), "{message}");
+    assert!(message.starts_with("architecture \"GPT2\" is not supported; supported: gpt2, gpt-oss"), "{message}");
     let missing = adapt(&without_key("general.architecture"));
     assert!(matches!(missing, Err(Error::Metadata(MetadataError::Missing { .. }))));
     let wrong = adapt(&with_key("general.architecture", Val::U32(2)));
@@ -205,10 +203,14 @@ fn heads_share_the_embedding_evenly() {
     refuse(&with(kv, Val::U32(8)), indivisible(4, kv, 8, count));
     refuse(&with(count, Val::U32(32)), Error::HeadWidth { found: 1 });
     refuse(&with(count, Val::U32(1 << 20)), indivisible(32, count, 1 << 20, width));
-    refuse(&with("embedding_length", Val::U32(1040)), Error::HeadWidth { found: 260 });
+    refuse(&with(count, Val::U32(16)), Error::HeadWidth { found: 2 });
+    refuse(&with("embedding_length", Val::U32(1056)), Error::HeadWidth { found: 264 });
     refuse(&with("attention.key_length", Val::U32(0)), Error::HeadWidth { found: 0 });
     refuse(&with("attention.key_length", Val::U32(7)), Error::HeadWidth { found: 7 });
-    refuse(&with("attention.key_length", Val::U32(130)), Error::HeadWidth { found: 130 });
+    refuse(&with("attention.key_length", Val::U32(12)), Error::HeadWidth { found: 12 });
+    refuse(&with("attention.key_length", Val::U32(136)), Error::HeadWidth { found: 136 });
+    let message = Error::HeadWidth { found: 12 }.to_string();
+    assert_eq!(message, "heads are 12 wide, expected a multiple of 8 from 8 to 128");
     let narrow = Error::WidthMismatch { n_head: 4, d_head: 16, d_model: 32 };
     refuse(&with("attention.key_length", Val::U32(16)), narrow);
     let other =
@@ -217,8 +219,8 @@ fn heads_share_the_embedding_evenly() {
 
     let agreeing = with("attention.key_length", Val::U32(8)).key("gpt2.attention.value_length", Val::U32(8));
     assert_eq!(adapt(&agreeing).unwrap().spec().d_head, 8);
-    // Not 64 only: one head of 32, sixteen of 2.
-    for (n_head, d_head) in [(1, 32), (2, 16), (16, 2)] {
+    // Not 64 only: one head of 32, two of 16.
+    for (n_head, d_head) in [(1, 32), (2, 16)] {
         let adapter = adapt(&with("attention.head_count", Val::U32(n_head))).unwrap();
         assert_eq!(adapter.spec().d_head, d_head);
     }
@@ -231,7 +233,23 @@ fn fewer_key_and_value_heads_make_fewer_rows() {
         *tensor.dims.last_mut().unwrap() = 64;
     }
     let adapter = adapt(&file).unwrap();
-    assert_eq!((adapter.spec().n_head_kv, adapter.spec().layers[1].qkv.n_out), (2, 64));
+    let rows: usize = adapter.spec().layers[1].qkv.linears().map(|linear| linear.n_out).sum();
+    assert_eq!((adapter.spec().n_head_kv, rows), (2, 64));
+}
+
+#[test]
+fn rows_come_in_groups_of_32() {
+    let refuse_groups = |name: &str, found| {
+        refuse(&with(name, Val::U32(found as u32)), Error::Groups { what: format!("gpt2.{name}"), found });
+    };
+    refuse_groups("embedding_length", 16);
+    refuse_groups("embedding_length", 48);
+    refuse_groups("feed_forward_length", 100);
+    let message = adapt(&with("feed_forward_length", Val::U32(100))).unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "gpt2.feed_forward_length is 100, expected a multiple of 32: kernels read rows in groups of that many"
+    );
 }
 
 #[test]
@@ -256,10 +274,13 @@ fn values_given_layer_by_layer_are_one_per_layer_and_equal() {
 fn epsilon_is_a_positive_number() {
     for found in [0.0, -1.0e-5, f32::INFINITY] {
         let key = "gpt2.attention.layer_norm_epsilon".to_owned();
-        refuse(&with("attention.layer_norm_epsilon", Val::F32(found)), Error::Epsilon { key, found });
+        refuse(
+            &with("attention.layer_norm_epsilon", Val::F32(found)),
+            Error::Number { key, found, expected: "above 0" },
+        );
     }
     let nan = adapt(&with("attention.layer_norm_epsilon", Val::F32(f32::NAN)));
-    assert!(matches!(nan, Err(Error::Epsilon { found, .. }) if found.is_nan()));
+    assert!(matches!(nan, Err(Error::Number { found, .. }) if found.is_nan()));
 }
 
 #[test]
@@ -372,7 +393,7 @@ fn norms_and_biases_are_floats() {
             assert_eq!(adapt(&with_tensor(name, ty, &[32])), adapt(&small()));
         }
         for ty in [TensorType::Q8_0, TensorType::F64, TensorType::I32] {
-            refuse(&with_tensor(name, ty, &[32]), Error::VectorType { tensor: name.into(), ty });
+            refuse(&with_tensor(name, ty, &[32]), Error::FloatType { tensor: name.into(), ty });
         }
     }
 }
@@ -396,7 +417,7 @@ fn the_order_of_tensors_does_not_matter() {
     let reversed: Vec<TensorInfo> = directory.tensors.iter().rev().cloned().collect();
     let adapter = detect(&directory.metadata, &reversed).unwrap();
     assert_eq!(adapter.spec().token_embedding, TensorId(27));
-    assert_eq!(adapter.spec().layers[1].qkv.weight, TensorId(27 - 18));
+    assert_eq!(adapter.spec().layers[1].qkv.linears().next().map(|linear| linear.weight), Some(TensorId(27 - 18)));
 }
 
 proptest! {

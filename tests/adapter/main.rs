@@ -3,5 +3,7 @@
 #[path = "../gguf/damage.rs"]
 mod damage;
 mod gpt2;
+mod gpt_oss;
+mod rope;
 #[path = "../gguf/write.rs"]
 mod write;

@@ -5,7 +5,7 @@
 
 use super::keys::Keys;
 use super::tensors::{Tensors, Wanted};
-use super::{AttentionSpec, Error, FfnSpec, LayerSpec, LinearSpec, MAX_LAYERS, MAX_SIZE, ModelSpec, NormSpec};
+use super::{AttentionSpec, Error, FfnSpec, LayerSpec, LinearSpec, MAX_LAYERS, MAX_SIZE, ModelSpec, NormSpec, QkvSpec};
 use crate::gguf::{Metadata, TensorInfo};
 
 pub(super) const ARCHITECTURE: &str = "gpt2";
@@ -36,8 +36,8 @@ pub(super) fn describe(metadata: &Metadata, tensors: &[TensorInfo]) -> Result<Mo
         let down = linear("ffn_down", d_ff, d_model, "[feed_forward_length, embedding_length]")?;
         layers.push(LayerSpec {
             attention_norm: norm(&mut tensors, &format!("blk.{i}.attn_norm"), d_model, epsilon)?,
-            qkv,
-            attention: AttentionSpec { scale: (d_head as f32).sqrt().recip() },
+            qkv: QkvSpec::Fused(qkv),
+            attention: AttentionSpec { scale: (d_head as f32).sqrt().recip(), window: None, sinks: None, rope: None },
             attention_output,
             ffn_norm: norm(&mut tensors, &format!("blk.{i}.ffn_norm"), d_model, epsilon)?,
             ffn: FfnSpec::Gelu { up, down },
@@ -65,8 +65,8 @@ pub(super) fn describe(metadata: &Metadata, tensors: &[TensorInfo]) -> Result<Mo
 
 fn norm(tensors: &mut Tensors, name: &str, d_model: usize, epsilon: f32) -> Result<NormSpec, Error> {
     let wanted = Wanted { shape: &[d_model], meaning: "[embedding_length]" };
-    let gamma = tensors.vector(&format!("{name}.weight"), wanted)?;
-    let beta = tensors.vector(&format!("{name}.bias"), wanted)?;
+    let gamma = tensors.floats(&format!("{name}.weight"), wanted)?;
+    let beta = tensors.floats(&format!("{name}.bias"), wanted)?;
     Ok(NormSpec::Layer { gamma, beta, epsilon })
 }
 
@@ -87,11 +87,12 @@ impl Sizes {
     fn read(keys: &Keys) -> Result<Self, Error> {
         let n_layer = keys.size("block_count", MAX_LAYERS)?;
         let n_ctx = keys.size("context_length", MAX_SIZE)?;
-        let d_model = keys.size("embedding_length", MAX_SIZE)?;
-        let d_ff = keys.size_of_all_layers("feed_forward_length", n_layer)?;
-        let n_head = keys.size_of_all_layers("attention.head_count", n_layer)?;
+        let d_model = keys.whole_groups("embedding_length", keys.size("embedding_length", MAX_SIZE)?)?;
+        let d_ff = keys.size_of_all_layers("feed_forward_length", n_layer, MAX_SIZE)?;
+        let d_ff = keys.whole_groups("feed_forward_length", d_ff)?;
+        let n_head = keys.size_of_all_layers("attention.head_count", n_layer, MAX_SIZE)?;
         let n_head_kv = keys.n_head_kv(n_head, n_layer)?;
-        let d_head = keys.d_head(d_model, n_head)?;
+        let d_head = keys.d_head_or_share(d_model, n_head)?;
         if n_head * d_head != d_model {
             return Err(Error::WidthMismatch { n_head, d_head, d_model });
         }

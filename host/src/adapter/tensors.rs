@@ -37,12 +37,12 @@ impl<'a> Tensors<'a> {
         Ok(id)
     }
 
-    /// A bias or a norm: nobody quantizes these, and kernels read them element by element.
-    pub(super) fn vector(&mut self, name: &str, wanted: Wanted) -> Result<TensorId, Error> {
+    /// A bias, a norm, sinks or a router: nobody quantizes these, and kernels read them as f32, element by element.
+    pub(super) fn floats(&mut self, name: &str, wanted: Wanted) -> Result<TensorId, Error> {
         let (id, ty) = self.take(name, wanted)?;
         match ty {
             TensorType::F32 | TensorType::F16 | TensorType::BF16 => Ok(id),
-            _ => Err(Error::VectorType { tensor: name.to_owned(), ty }),
+            _ => Err(Error::FloatType { tensor: name.to_owned(), ty }),
         }
     }
 
@@ -56,7 +56,7 @@ impl<'a> Tensors<'a> {
     ) -> Result<LinearSpec, Error> {
         let weight = self.weight(&format!("{name}.weight"), Wanted { shape: &[n_in, n_out], meaning })?;
         let bias =
-            self.vector(&format!("{name}.bias"), Wanted { shape: &[n_out], meaning: "the rows of the weight" })?;
+            self.floats(&format!("{name}.bias"), Wanted { shape: &[n_out], meaning: "the rows of the weight" })?;
         Ok(LinearSpec { weight, bias: Some(bias), n_in, n_out })
     }
 
