@@ -1,0 +1,1 @@
+//! Criterion benches, one target per kernel family.

@@ -1,0 +1,352 @@
+//! An NVIDIA GPU as a device.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use cuda_loader::cust::context::{Context, CurrentContext};
+use cuda_loader::cust::device::{Device as CudaDevice, DeviceAttribute};
+use cuda_loader::cust::memory::{DevicePointer, cuda_free, cuda_malloc};
+use cuda_loader::cust::module::Module;
+use cuda_loader::cust::stream::{Stream, StreamFlags};
+use cuda_loader::graph::{CaptureMode, GraphExec, capture};
+use cuda_loader::{LaunchAttributes, copy_to_device_async, copy_to_host_async, fill_async, launch_ex};
+use cuda_std::{Arg, Entry, Launch, LaunchError, Launcher};
+
+use super::{Device, Error, Graph, MemoryInfo};
+
+/// The kernels for every GPU from Ampere on.
+const PTX_SM_80: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels-sm_80.ptx"));
+/// The kernels for Hopper.
+const PTX_SM_90A: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels-sm_90a.ptx"));
+
+/// Which PTX build a GPU runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PtxBuild {
+    /// Runs on every card of compute capability 8.0 or later.
+    Sm80,
+    /// Hopper's own instructions; runs on compute capability 9.0 only.
+    Sm90a,
+}
+
+impl PtxBuild {
+    /// The build's name: `sm_80` or `sm_90a`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sm80 => "sm_80",
+            Self::Sm90a => "sm_90a",
+        }
+    }
+
+    /// The build of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Sm80, Self::Sm90a].into_iter().find(|build| build.name() == name)
+    }
+
+    /// Its text.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Sm80 => PTX_SM_80,
+            Self::Sm90a => PTX_SM_90A,
+        }
+    }
+}
+
+/// What to open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// The device's number as the driver counts; default 0.
+    pub ordinal: u32,
+    /// The PTX build; default by the device's compute capability.
+    pub ptx: Option<PtxBuild>,
+    /// Bytes to act as if the device had no more; default all it has.
+    pub vram_limit: Option<u64>,
+}
+
+/// One GPU, with a stream of its own.
+pub struct Cuda {
+    name: String,
+    limit: u64,
+    used: AtomicU64,
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    // Dropped in this order: modules and the stream belong to the context.
+    kernels: Kernels,
+    stream: Stream,
+    context: Context,
+    last_kernel: Mutex<&'static str>,
+}
+
+// SAFETY: the driver's functions may be called from any thread once the context is current there, which every method sees
+// to through `Inner::enter`; the handles belong to no thread.
+unsafe impl Send for Inner {}
+// SAFETY: as above.
+unsafe impl Sync for Inner {}
+
+impl Inner {
+    fn enter(&self) -> Result<(), cuda_loader::Error> {
+        Ok(CurrentContext::set_current(&self.context)?)
+    }
+
+    fn last_kernel(&self) -> &'static str {
+        *self.last_kernel.lock().expect("no panic under this lock")
+    }
+
+    /// A driver error names the kernel launched last: CUDA reports faults late.
+    fn driver_error(&self, call: &'static str) -> impl FnOnce(cuda_loader::Error) -> Error {
+        let after = self.last_kernel();
+        move |error| Error::Driver { call, after, reason: error.to_string() }
+    }
+
+    fn run<T>(&self, call: &'static str, body: impl FnOnce() -> Result<T, cuda_loader::Error>) -> Result<T, Error> {
+        self.enter().and_then(|()| body()).map_err(self.driver_error(call))
+    }
+
+    fn synchronize(&self, call: &'static str) -> Result<(), Error> {
+        self.run(call, || Ok(self.stream.synchronize()?))
+    }
+}
+
+/// The kernels of a build, each a module of its own that is compiled when it is first launched: the driver takes a fifth of
+/// a second for one and 25 s for all, and a model needs about a dozen.
+struct Kernels {
+    /// What all modules begin with: version, target, shared arrays.
+    preamble: &'static str,
+    entries: HashMap<&'static str, &'static str>,
+    loaded: Mutex<HashMap<&'static str, Arc<Module>>>,
+}
+
+impl Kernels {
+    fn of(ptx: &'static str) -> Self {
+        const ENTRY: &str = "\n.visible .entry ";
+        let mut parts = ptx.match_indices(ENTRY).map(|(at, _)| at + 1).peekable();
+        let preamble = &ptx[..parts.peek().copied().unwrap_or(ptx.len())];
+        let mut entries = HashMap::new();
+        while let Some(start) = parts.next() {
+            let text = &ptx[start..parts.peek().copied().unwrap_or(ptx.len())];
+            let name = text[ENTRY.len() - 1..].split('(').next().unwrap_or_default();
+            entries.insert(name, text);
+        }
+        Self { preamble, entries, loaded: Mutex::new(HashMap::new()) }
+    }
+
+    /// The module of an entry; the context is current.
+    fn module(&self, entry: &'static Entry) -> Result<Arc<Module>, cuda_loader::Error> {
+        let mut loaded = self.loaded.lock().expect("no panic under this lock");
+        if let Some(module) = loaded.get(entry.name) {
+            return Ok(Arc::clone(module));
+        }
+        let text = self.entries.get(entry.name).expect("the PTX and the host are built from the same kernels");
+        let module = Arc::new(cuda_loader::module_from_ptx_with_log(&format!("{}{text}", self.preamble))?);
+        loaded.insert(entry.name, Arc::clone(&module));
+        Ok(module)
+    }
+}
+
+/// Loads the kernels of launches without making them: the driver compiles nothing while a graph is recorded.
+struct Preloader<'a>(&'a Inner);
+
+impl Launcher for Preloader<'_> {
+    unsafe fn launch(&self, entry: &'static Entry, _launch: Launch, _args: &[Arg]) -> Result<(), LaunchError> {
+        self.0.kernels.module(entry).map(drop).map_err(|error| launch_error(entry, &error))
+    }
+}
+
+fn launch_error(entry: &'static Entry, error: &cuda_loader::Error) -> LaunchError {
+    LaunchError::Driver { kernel: entry.name, call: "launch", reason: error.to_string() }
+}
+
+impl Cuda {
+    /// Opens a GPU.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::NoDevice`] if there is no driver, no such device, or one older than Ampere.
+    /// - [`Error::Driver`] if the driver fails. Kernels are compiled when they are first launched.
+    pub fn new(options: CudaOptions) -> Result<Self, Error> {
+        let driver = cuda_loader::availability().map_err(|reason| Error::NoDevice { reason: chain(&reason) })?;
+        if options.ordinal >= driver.devices {
+            let reason = format!("device {} was asked for, the driver has {}", options.ordinal, driver.devices);
+            return Err(Error::NoDevice { reason });
+        }
+        let failed = |call: &'static str| {
+            move |error: cuda_loader::Error| Error::Driver { call, after: "none", reason: error.to_string() }
+        };
+        let open = || -> Result<_, cuda_loader::Error> {
+            let device = CudaDevice::get_device(options.ordinal)?;
+            let major = device.get_attribute(DeviceAttribute::ComputeCapabilityMajor)?;
+            let minor = device.get_attribute(DeviceAttribute::ComputeCapabilityMinor)?;
+            Ok((device, device.name()?, (major, minor)))
+        };
+        let (device, name, capability) = open().map_err(failed("opening the device"))?;
+        if capability.0 < 8 {
+            let (major, minor) = capability;
+            let reason = format!("{name} has compute capability {major}.{minor}, 8.0 or later is needed");
+            return Err(Error::NoDevice { reason });
+        }
+        let ptx = options.ptx.unwrap_or(if capability == (9, 0) { PtxBuild::Sm90a } else { PtxBuild::Sm80 });
+        if ptx == PtxBuild::Sm90a && capability != (9, 0) {
+            let (major, minor) = capability;
+            let reason = format!("PTX sm_90a runs on compute capability 9.0 only, {name} has {major}.{minor}");
+            return Err(Error::NoDevice { reason });
+        }
+        let load = || -> Result<_, cuda_loader::Error> {
+            let context = Context::new(device)?;
+            CurrentContext::set_current(&context)?;
+            let kernels = Kernels::of(ptx.text());
+            let stream = Stream::new(StreamFlags::NON_BLOCKING, None)?;
+            Ok(Inner { kernels, stream, context, last_kernel: Mutex::new("none") })
+        };
+        let inner = Arc::new(load().map_err(failed("opening the context"))?);
+        let name = format!("{name} ({} PTX)", ptx.name());
+        Ok(Self { name, limit: options.vram_limit.unwrap_or(u64::MAX), used: AtomicU64::new(0), inner })
+    }
+}
+
+/// An error and its sources on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+impl Launcher for Cuda {
+    unsafe fn launch(&self, entry: &'static Entry, launch: Launch, args: &[Arg]) -> Result<(), LaunchError> {
+        LaunchError::check(entry, launch)?;
+        // A slice is two parameters: address and length. Each takes one 8-byte place, of which a scalar fills the start.
+        let mut values = Vec::with_capacity(2 * args.len());
+        for arg in args {
+            match *arg {
+                Arg::Slice { address, len } => values.extend([address, len]),
+                Arg::U32(value) => values.push(value.into()),
+                Arg::I32(value) => values.push((value as u32).into()),
+                Arg::U64(value) => values.push(value),
+                Arg::F32(value) => values.push(value.to_bits().into()),
+            }
+        }
+        let pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (value as *mut u64).cast()).collect();
+        let start = || {
+            self.inner.enter()?;
+            let module = self.inner.kernels.module(entry)?;
+            let function = module.get_function(entry.name)?;
+            let (stream, attributes) = (&self.inner.stream, LaunchAttributes::default());
+            // SAFETY: the values fit the entry's parameters, as the typed launcher made them; the rest is the caller's.
+            unsafe { launch_ex(&function, launch.grid, launch.block, 0, stream, &pointers, attributes) }
+        };
+        start().map_err(|error: cuda_loader::Error| launch_error(entry, &error))?;
+        *self.inner.last_kernel.lock().expect("no panic under this lock") = entry.name;
+        Ok(())
+    }
+}
+
+impl Device for Cuda {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn memory(&self) -> Result<MemoryInfo, Error> {
+        let (free, total) = self.inner.run("memory info", cuda_loader::memory_info)?;
+        let used = self.used.load(Ordering::Relaxed);
+        let total = self.limit.min(total as u64);
+        Ok(MemoryInfo { free: (free as u64).min(total.saturating_sub(used)), total })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, Error> {
+        let MemoryInfo { free, total } = self.memory()?;
+        let wanted = bytes as u64;
+        if wanted > free {
+            return Err(Error::OutOfMemory { wanted, free, total });
+        }
+        // SAFETY: owned by the caller until `free`.
+        let pointer = unsafe { cuda_malloc::<u8>(bytes.max(1)) };
+        let pointer = pointer.map_err(|_| Error::OutOfMemory { wanted, free, total })?;
+        self.used.fetch_add(wanted, Ordering::Relaxed);
+        Ok(pointer.as_raw())
+    }
+
+    unsafe fn free(&self, address: u64, bytes: usize) {
+        self.used.fetch_sub(bytes as u64, Ordering::Relaxed);
+        // A failure here is an earlier kernel's fault, which the next checked call reports.
+        let _ = self.inner.enter();
+        // SAFETY: the caller's promise; `cuMemFree` waits for work that uses the memory.
+        let _ = unsafe { cuda_free(DevicePointer::<u8>::from_raw(address)) };
+    }
+
+    fn copy_to_device(&self, address: u64, from: &[u8]) -> Result<(), Error> {
+        let inner = &self.inner;
+        // SAFETY: `from` is not touched before the synchronization below.
+        inner.run("copy to the device", || unsafe { copy_to_device_async(address, from, &inner.stream) })?;
+        inner.synchronize("copy to the device")
+    }
+
+    fn copy_to_host(&self, address: u64, to: &mut [u8]) -> Result<(), Error> {
+        let inner = &self.inner;
+        // SAFETY: `to` is not touched before the synchronization below.
+        inner.run("copy to the host", || unsafe { copy_to_host_async(to, address, &inner.stream) })?;
+        inner.synchronize("copy to the host")
+    }
+
+    fn fill(&self, address: u64, byte: u8, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let inner = &self.inner;
+        // SAFETY: the caller's range, in the stream's order.
+        inner.run("fill", || unsafe { fill_async(address, byte, bytes, &inner.stream) })
+    }
+
+    fn synchronize(&self) -> Result<(), Error> {
+        self.inner.synchronize("synchronize")
+    }
+
+    unsafe fn record(
+        &self,
+        body: &mut dyn FnMut(&dyn Launcher) -> Result<(), LaunchError>,
+    ) -> Result<Box<dyn Graph>, Error> {
+        let inner = &self.inner;
+        inner.enter().map_err(inner.driver_error("record"))?;
+        body(&Preloader(inner))?;
+        let graph = capture(&inner.stream, CaptureMode::ThreadLocal, || body(self).map_err(Recording::Launch));
+        let graph = graph.map_err(|error| match error {
+            Recording::Launch(error) => Error::Launch(error),
+            Recording::Driver(error) => inner.driver_error("record")(error),
+        })?;
+        let (exec, n_nodes) = inner.run("record", || Ok((graph.instantiate()?, graph.node_count()?)))?;
+        Ok(Box::new(CudaGraph { exec, n_nodes, inner: Arc::clone(inner) }))
+    }
+}
+
+enum Recording {
+    Launch(LaunchError),
+    Driver(cuda_loader::Error),
+}
+
+impl From<cuda_loader::Error> for Recording {
+    fn from(error: cuda_loader::Error) -> Self {
+        Self::Driver(error)
+    }
+}
+
+struct CudaGraph {
+    exec: GraphExec,
+    n_nodes: usize,
+    inner: Arc<Inner>,
+}
+
+impl Graph for CudaGraph {
+    fn replay(&self) -> Result<(), Error> {
+        // SAFETY: the recorded memory lives by `record`'s contract, the module by `inner`.
+        self.inner.run("graph replay", || unsafe { self.exec.launch(&self.inner.stream) })
+    }
+
+    fn n_nodes(&self) -> usize {
+        self.n_nodes
+    }
+}

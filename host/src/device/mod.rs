@@ -1,0 +1,131 @@
+//! The one seam between the engine and the machine it runs on: allocate, copy, launch, synchronize, record and replay.
+//!
+//! [`Emulated`] runs the kernels in `cuda_std`'s emulator; [`Cuda`] runs them on an NVIDIA GPU. The engine cannot tell them
+//! apart. This module and its tests are where the host is `unsafe`: launches and the driver.
+
+#![expect(unsafe_code, reason = "launches kernels and owns device memory")]
+
+mod buffer;
+mod cuda;
+mod emulated;
+pub mod ops;
+
+use std::sync::Arc;
+
+use cuda_std::emulator::MemoryError;
+use cuda_std::{LaunchError, Launcher};
+
+pub use buffer::{Buffer, Plain, View};
+pub use cuda::{Cuda, CudaOptions, PtxBuild};
+pub use emulated::Emulated;
+
+/// A machine that holds memory and runs kernels, in the order they are launched.
+pub trait Device: Launcher + Send + Sync {
+    /// What to call it in messages: the card's name, or the emulator's.
+    fn name(&self) -> String;
+
+    /// Its memory right now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Driver`] if the driver does not answer.
+    fn memory(&self) -> Result<MemoryInfo, Error>;
+
+    /// Allocates `bytes` of device memory, aligned to 256; contents are undefined.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`] if the device, or its `--vram-limit`, has not that much left.
+    fn allocate(&self, bytes: usize) -> Result<u64, Error>;
+
+    /// Frees what `allocate` gave.
+    ///
+    /// # Safety
+    ///
+    /// `address` came from this device's `allocate`, is freed once, and no launch that uses it is still to come.
+    unsafe fn free(&self, address: u64, bytes: usize);
+
+    /// Copies host bytes to the device; they may be reused on return.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::Memory`] if the range is not allocated.
+    /// - [`Error::Driver`] if the driver reports anything, earlier kernels' faults included.
+    fn copy_to_device(&self, address: u64, from: &[u8]) -> Result<(), Error>;
+
+    /// Waits for all launches, then copies device bytes to the host.
+    ///
+    /// # Errors
+    ///
+    /// As [`copy_to_device`](Self::copy_to_device); in the checked emulator also if nothing wrote one of the bytes.
+    fn copy_to_host(&self, address: u64, to: &mut [u8]) -> Result<(), Error>;
+
+    /// Sets `bytes` device bytes to `byte`, in order with launches.
+    ///
+    /// # Errors
+    ///
+    /// As [`copy_to_device`](Self::copy_to_device).
+    fn fill(&self, address: u64, byte: u8, bytes: usize) -> Result<(), Error>;
+
+    /// Waits for all launches.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Driver`] if one of them failed.
+    fn synchronize(&self) -> Result<(), Error>;
+
+    /// Records the launches that `body` makes, without running them. Calls it twice: once to get its kernels ready.
+    ///
+    /// # Errors
+    ///
+    /// Those of `body`, and [`Error::Driver`].
+    ///
+    /// # Safety
+    ///
+    /// The memory that the launches name outlives the graph.
+    unsafe fn record(
+        &self,
+        body: &mut dyn FnMut(&dyn Launcher) -> Result<(), LaunchError>,
+    ) -> Result<Box<dyn Graph>, Error>;
+}
+
+/// Recorded launches.
+pub trait Graph: Send {
+    /// Runs them in their order, after what was launched before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Launch`] or [`Error::Driver`], as the launches themselves.
+    fn replay(&self) -> Result<(), Error>;
+
+    /// How many launches it holds.
+    fn n_nodes(&self) -> usize;
+}
+
+/// A device shared by the buffers on it.
+pub type SharedDevice = Arc<dyn Device>;
+
+/// Device memory in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// What can still be allocated.
+    pub free: u64,
+    /// What the device has, or `--vram-limit` if that is less.
+    pub total: u64,
+}
+
+/// What went wrong on the device.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the message documents the variant")]
+pub enum Error {
+    #[error("out of device memory: {wanted} bytes wanted, {free} of {total} free")]
+    OutOfMemory { wanted: u64, free: u64, total: u64 },
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error("device memory")]
+    Memory(#[from] MemoryError),
+    #[error("{call} failed after kernel {after}: {reason}")]
+    Driver { call: &'static str, after: &'static str, reason: String },
+    #[error("no CUDA device: {reason}; run `gamma doctor`")]
+    NoDevice { reason: String },
+}

@@ -1,0 +1,317 @@
+//! The operations of a forward pass: which kernel, with which geometry, on memory that is there and large enough.
+//!
+//! Each function checks the lengths its kernel's `# Safety` section asks for and then launches. Lengths that do not fit are
+//! the engine's bug and panic; whatever a file or a user can cause was refused long before.
+
+use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
+use kernels::attention::decode::{self, decode_splits};
+use kernels::attention::{kv_append, prefill};
+use kernels::format::WeightFormat;
+use kernels::{argmax as argmax_kernel, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec};
+
+use super::View;
+
+/// What a linear map does with its sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// Writes them.
+    Store,
+    /// Adds them to what is there: the residual.
+    Add,
+    /// Writes their exact GELU.
+    GeluErf,
+    /// Writes their GELU in the tanh form.
+    GeluTanh,
+}
+
+impl Epilogue {
+    fn code(self) -> u32 {
+        match self {
+            Self::Store => matvec::STORE,
+            Self::Add => matvec::ADD,
+            Self::GeluErf => matvec::GELU_ERF,
+            Self::GeluTanh => matvec::GELU_TANH,
+        }
+    }
+}
+
+/// What the attention kernels need to know of a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub n_head: usize,
+    /// Key and value heads; divides `n_head`.
+    pub n_head_kv: usize,
+    /// Width of a head: a multiple of 8 up to 128.
+    pub d_head: usize,
+    /// Positions of the cache.
+    pub n_ctx: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    fn qkv_width(&self) -> usize {
+        (self.n_head + 2 * self.n_head_kv) * self.d_head
+    }
+
+    fn q_width(&self) -> usize {
+        self.n_head * self.d_head
+    }
+
+    /// Whether several query heads share the keys they read: then one block serves them on tensor cores.
+    fn is_grouped(&self) -> bool {
+        self.n_head > self.n_head_kv
+    }
+
+    /// Over how many blocks a decode step spreads the keys of a head, by the whole context: the launch is recorded once.
+    fn n_splits(&self) -> u32 {
+        let one = match self.is_grouped() {
+            true => decode::launch_grouped(self.n_head as u32, self.n_head_kv as u32, 1),
+            false => decode::launch(self.n_head as u32, 1),
+        };
+        decode_splits(self.n_ctx as u32, one.grid[0])
+    }
+}
+
+/// The KV cache of one layer: `[n_head_kv, n_ctx, d_head]` each.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "keys and values")]
+pub enum Cache<'a> {
+    F16 { k: View<'a, f16>, v: View<'a, f16> },
+    F32 { k: View<'a, f32>, v: View<'a, f32> },
+}
+
+impl Cache<'_> {
+    fn assert_holds(&self, shape: AttentionShape) {
+        let (k, v) = match self {
+            Self::F16 { k, v } => (k.len(), v.len()),
+            Self::F32 { k, v } => (k.len(), v.len()),
+        };
+        assert_eq!((k, v), (shape.n_head_kv * shape.n_ctx * shape.d_head, k), "cache lengths");
+    }
+}
+
+/// A kernel parameter that may be left out, as an empty slice.
+fn optional(view: Option<View<f32>>) -> DeviceSlice<f32> {
+    view.map_or(DeviceSlice::new(0, 0), |view| view.slice())
+}
+
+/// `out[t] = table[tokens[t]] (+ positions[state[0] + t])`.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn embed(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    format: WeightFormat,
+    table: View<u8>,
+    tokens: View<u32>,
+    positions: Option<View<f32>>,
+    state: View<u32>,
+    n_vocab: usize,
+) -> Result<(), LaunchError> {
+    let (n_tokens, d_model) = (tokens.len(), out.len() / tokens.len());
+    assert_eq!(out.len(), n_tokens * d_model, "output length");
+    assert_eq!(table.len(), format.layout().planes(d_model, n_vocab).end, "table length");
+    assert!(!state.is_empty(), "state length");
+    let (n, d, v) = (n_tokens as u32, d_model as u32, n_vocab as u32);
+    let (out, table, tokens) = (out.slice(), table.slice(), tokens.slice());
+    let (positions, state) = (optional(positions), state.slice());
+    // SAFETY: lengths checked above; views keep the memory alive until the device has run what was launched.
+    unsafe { embed_kernel::run(format, launcher, out, table, tokens, positions, state, n, d, v) }
+}
+
+/// `out[t] = γ · (x[t] − mean) / √(variance + ε) + β`.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn layer_norm(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    x: View<f32>,
+    gamma: View<f32>,
+    beta: View<f32>,
+    epsilon: f32,
+) -> Result<(), LaunchError> {
+    let n_tokens = x.len() / gamma.len();
+    assert_eq!((out.len(), x.len(), beta.len()), (x.len(), n_tokens * gamma.len(), gamma.len()), "lengths");
+    let launch = layer_norm_kernel::launch(n_tokens as u32);
+    let (out, x, gamma, beta) = (out.slice(), x.slice(), gamma.slice(), beta.slice());
+    // SAFETY: as in `embed`.
+    unsafe { layer_norm_kernel::layer_norm::run(launcher, launch, out, x, gamma, beta, epsilon) }
+}
+
+/// `out[t] = epilogue(weight · x[t] + bias)` for each row t of `x`: one row by the kernel that streams weights, more by
+/// tensor cores.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn linear(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    format: WeightFormat,
+    weight: View<u8>,
+    x: View<f32>,
+    bias: Option<View<f32>>,
+    n_in: usize,
+    n_out: usize,
+    epilogue: Epilogue,
+) -> Result<(), LaunchError> {
+    let n_tokens = x.len() / n_in;
+    assert_eq!((out.len(), x.len()), (n_tokens * n_out, n_tokens * n_in), "lengths");
+    assert_eq!(weight.len(), format.layout().planes(n_in, n_out).end, "weight length");
+    assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
+    let (out, weight, x, bias) = (out.slice(), weight.slice(), x.slice(), optional(bias));
+    let (t, i, o, code) = (n_tokens as u32, n_in as u32, n_out as u32, epilogue.code());
+    // SAFETY: as in `embed`.
+    unsafe {
+        if n_tokens == 1 {
+            matvec::run(format, launcher, out, weight, x, bias, i, o, code)
+        } else {
+            matmul::run(format, launcher, out, weight, x, bias, t, i, o, code)
+        }
+    }
+}
+
+/// Writes the keys and values in `qkv` to their positions in the cache.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn kv_append(
+    launcher: &dyn Launcher,
+    cache: Cache,
+    qkv: View<f32>,
+    state: View<u32>,
+    shape: AttentionShape,
+    n_tokens: usize,
+) -> Result<(), LaunchError> {
+    cache.assert_holds(shape);
+    assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
+    let launch = kv_append::launch(n_tokens as u32, shape.n_head_kv as u32);
+    let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
+    let (d, c) = (shape.d_head as u32, shape.n_ctx as u32);
+    let (qkv, state) = (qkv.slice(), state.slice());
+    // SAFETY: as in `embed`.
+    unsafe {
+        match cache {
+            Cache::F16 { k, v } => {
+                kv_append::kv_append_f16::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, c)
+            }
+            Cache::F32 { k, v } => {
+                kv_append::kv_append_f32::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, c)
+            }
+        }
+    }
+}
+
+/// Elements that [`attention`] needs in `partial`.
+pub fn attention_partial_len(shape: AttentionShape) -> usize {
+    decode::partial_len(shape.n_head as u32, shape.d_head as u32, shape.n_splits())
+}
+
+/// Attends from each of `n_tokens` tokens in `qkv` to the cache, which holds their own keys already.
+///
+/// # Errors
+///
+/// Those of the launches.
+pub fn attention(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    qkv: View<f32>,
+    cache: Cache,
+    state: View<u32>,
+    partial: View<f32>,
+    shape: AttentionShape,
+    n_tokens: usize,
+) -> Result<(), LaunchError> {
+    cache.assert_holds(shape);
+    assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
+    assert_eq!(out.len(), n_tokens * shape.q_width(), "output length");
+    assert!(partial.len() >= attention_partial_len(shape), "partial length");
+    assert!(shape.d_head.is_multiple_of(8) && shape.d_head <= 128, "head width");
+    let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
+    let (d, c, scale, narrow) = (shape.d_head as u32, shape.n_ctx as u32, shape.scale, shape.d_head <= 64);
+    let (out, qkv, state, partial) = (out.slice(), qkv.slice(), state.slice(), partial.slice());
+    let (no_sinks, no_window) = (DeviceSlice::new(0, 0), 0);
+
+    if n_tokens > 1 {
+        // SAFETY: as in `embed`.
+        return unsafe {
+            match cache {
+                Cache::F16 { k, v } => {
+                    let launch = prefill::launch_f16(t, h);
+                    let kernel = match narrow {
+                        true => prefill::attention_prefill_f16_64::run,
+                        false => prefill::attention_prefill_f16_128::run,
+                    };
+                    let (k, v) = (k.slice(), v.slice());
+                    kernel(launcher, launch, out, qkv, k, v, state, no_sinks, t, h, hkv, d, c, no_window, scale)
+                }
+                Cache::F32 { k, v } => {
+                    let launch = prefill::launch_f32(t, h);
+                    let kernel = match narrow {
+                        true => prefill::attention_prefill_f32_64::run,
+                        false => prefill::attention_prefill_f32_128::run,
+                    };
+                    let (k, v) = (k.slice(), v.slice());
+                    kernel(launcher, launch, out, qkv, k, v, state, no_sinks, t, h, hkv, d, c, no_window, scale)
+                }
+            }
+        };
+    }
+
+    let n_splits = shape.n_splits();
+    // SAFETY: as in `embed`.
+    unsafe {
+        match cache {
+            Cache::F16 { k, v } => {
+                let (launch, kernel): (_, unsafe fn(_, _, _, _, _, _, _, _, _, _, _, _, _) -> _) =
+                    match (shape.is_grouped(), narrow) {
+                        (false, true) => (decode::launch(h, n_splits), decode::attention_decode_f16_64::run),
+                        (false, false) => (decode::launch(h, n_splits), decode::attention_decode_f16_128::run),
+                        (true, true) => {
+                            (decode::launch_grouped(h, hkv, n_splits), decode::attention_decode_grouped_f16_64::run)
+                        }
+                        (true, false) => {
+                            (decode::launch_grouped(h, hkv, n_splits), decode::attention_decode_grouped_f16_128::run)
+                        }
+                    };
+                let (k, v) = (k.slice(), v.slice());
+                kernel(launcher, launch, partial, qkv, k, v, state, h, hkv, d, c, no_window, scale)?;
+            }
+            Cache::F32 { k, v } => {
+                let kernel = match narrow {
+                    true => decode::attention_decode_f32_64::run,
+                    false => decode::attention_decode_f32_128::run,
+                };
+                let (launch, k, v) = (decode::launch(h, n_splits), k.slice(), v.slice());
+                kernel(launcher, launch, partial, qkv, k, v, state, h, hkv, d, c, no_window, scale)?;
+            }
+        }
+        let launch = decode::launch_merge(h);
+        decode::attention_merge::run(launcher, launch, out, partial, state, no_sinks, h, d, n_splits, no_window)
+    }
+}
+
+/// The id of the largest logit into `token[0]`, and `state[0] += n_tokens`.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn argmax(
+    launcher: &dyn Launcher,
+    token: View<u32>,
+    state: View<u32>,
+    logits: View<f32>,
+    n_tokens: usize,
+) -> Result<(), LaunchError> {
+    assert!(!token.is_empty() && !state.is_empty(), "lengths");
+    let (launch, n) = (argmax_kernel::launch(), n_tokens as u32);
+    // SAFETY: as in `embed`.
+    unsafe { argmax_kernel::argmax::run(launcher, launch, token.slice(), state.slice(), logits.slice(), n) }
+}

@@ -1,0 +1,220 @@
+//! Repacks weights from GGUF's blocks into the planes that the kernels load, and back.
+//!
+//! Repacking moves bits and changes none: [`Packing::unpack`] gives the file's bytes back. Both directions run the same
+//! tables, those of `fields.rs`; what the planes hold is told in [`kernels::format`]. No I/O, no device: bytes to bytes, all
+//! rows at once or some at a time, so that a large matrix need not lie twice in host memory.
+
+mod fields;
+
+use std::ops::Range;
+
+use crate::gguf::TensorType;
+use fields::{Field, Plane};
+use kernels::format::{Layout, WeightFormat, chunk_offset};
+
+/// Why a matrix cannot be repacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "the message documents the variant")]
+pub enum Error {
+    #[error("type {ty} is not supported for weights; supported: {}", TensorType::supported_names())]
+    Unsupported { ty: TensorType },
+    #[error("rows of {n_in} elements of type {ty} are not whole groups of {multiple}")]
+    RowLength { ty: TensorType, n_in: usize, multiple: usize },
+}
+
+/// The kernels' name for a type; `None` if they have none.
+pub const fn format_of(ty: TensorType) -> Option<WeightFormat> {
+    Some(match ty {
+        TensorType::F32 => WeightFormat::F32,
+        TensorType::F16 => WeightFormat::F16,
+        TensorType::BF16 => WeightFormat::Bf16,
+        TensorType::Q4_0 => WeightFormat::Q4_0,
+        TensorType::Q4_1 => WeightFormat::Q4_1,
+        TensorType::Q5_0 => WeightFormat::Q5_0,
+        TensorType::Q5_1 => WeightFormat::Q5_1,
+        TensorType::Q8_0 => WeightFormat::Q8_0,
+        TensorType::Q2_K => WeightFormat::Q2K,
+        TensorType::Q3_K => WeightFormat::Q3K,
+        TensorType::Q4_K => WeightFormat::Q4K,
+        TensorType::Q5_K => WeightFormat::Q5K,
+        TensorType::Q6_K => WeightFormat::Q6K,
+        TensorType::MXFP4 => WeightFormat::Mxfp4,
+        _ => return None,
+    })
+}
+
+/// How one matrix of `n_out` rows of `n_in` elements is repacked.
+#[derive(Clone, Debug)]
+pub struct Packing {
+    format: WeightFormat,
+    n_in: usize,
+    n_out: usize,
+    /// Bytes in the file of a block of the planes: of ggml's block, or of a group of scalars.
+    block_bytes: usize,
+    fields: Vec<Field>,
+}
+
+/// Some bytes of what [`Packing::repack_rows`] wrote, and where they belong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The bytes.
+    pub from: Range<usize>,
+    /// Where they start in the repacked matrix.
+    pub to: usize,
+}
+
+impl Packing {
+    /// The repacking of a matrix of type `ty`.
+    ///
+    /// # Errors
+    /// - [`Error::Unsupported`] if no kernel reads `ty`.
+    /// - [`Error::RowLength`] if rows are empty or not whole blocks or, for scalar types, not whole groups of 32.
+    pub fn new(ty: TensorType, n_in: usize, n_out: usize) -> Result<Self, Error> {
+        let format = format_of(ty).ok_or(Error::Unsupported { ty })?;
+        let multiple = format.layout().block_len;
+        if n_in == 0 || !n_in.is_multiple_of(multiple) {
+            return Err(Error::RowLength { ty, n_in, multiple });
+        }
+        let block_bytes = ty.block_bytes() * (multiple / ty.block_len());
+        Ok(Self { format, n_in, n_out, block_bytes, fields: fields::of(format) })
+    }
+
+    /// The kernels' name for the type.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// Bytes of the repacked matrix: those of the file, and less than 128 of padding after each plane.
+    pub fn n_bytes(&self) -> usize {
+        self.layout().planes(self.n_in, self.n_out).end
+    }
+
+    /// Bytes of a row in the file.
+    pub fn row_bytes(&self) -> usize {
+        self.blocks_per_row() * self.block_bytes
+    }
+
+    /// Bytes that [`repack_rows`](Self::repack_rows) writes.
+    pub fn rows_bytes(&self, rows: Range<usize>) -> usize {
+        Plane::ALL.map(|plane| self.plane_range(plane, &rows).len()).iter().sum()
+    }
+
+    /// Repacks the whole matrix; padding is zero.
+    ///
+    /// # Panics
+    ///
+    /// If `source` is not [`row_bytes`](Self::row_bytes) for each row, or `into` not [`n_bytes`](Self::n_bytes).
+    pub fn repack(&self, source: &[u8], into: &mut [u8]) {
+        self.repack_rows(0..self.n_out, source, into);
+    }
+
+    /// Repacks some rows, and says which bytes of them belong where in the matrix. Ranges that cover all rows together
+    /// cover all its bytes, the last with the padding.
+    ///
+    /// # Panics
+    ///
+    /// If `rows` are not rows of the matrix, `source` is not [`row_bytes`](Self::row_bytes) for each of them, or `into` not
+    /// [`rows_bytes`](Self::rows_bytes).
+    pub fn repack_rows(&self, rows: Range<usize>, source: &[u8], into: &mut [u8]) -> Vec<Segment> {
+        assert!(rows.start <= rows.end && rows.end <= self.n_out, "rows {rows:?} of {}", self.n_out);
+        assert_eq!(source.len(), rows.len() * self.row_bytes(), "bytes of {rows:?} in the file");
+        assert_eq!(into.len(), self.rows_bytes(rows.clone()), "bytes of {rows:?} repacked");
+        into.fill(0);
+
+        let (mut segments, mut rest) = (Vec::new(), &mut *into);
+        let mut at = 0;
+        for plane in Plane::ALL {
+            let range = self.plane_range(plane, &rows);
+            let (bytes, after) = rest.split_at_mut(range.len());
+            self.fill_plane(plane, source, bytes);
+            if !range.is_empty() {
+                segments.push(Segment { from: at..at + range.len(), to: range.start });
+            }
+            at += range.len();
+            rest = after;
+        }
+        segments
+    }
+
+    /// Undoes [`repack`](Self::repack).
+    ///
+    /// # Panics
+    ///
+    /// If `packed` is not [`n_bytes`](Self::n_bytes), or `into` not [`row_bytes`](Self::row_bytes) for each row.
+    pub fn unpack(&self, packed: &[u8], into: &mut [u8]) {
+        assert_eq!(packed.len(), self.n_bytes(), "bytes of the repacked matrix");
+        assert_eq!(into.len(), self.n_out * self.row_bytes(), "bytes of the matrix in the file");
+        into.fill(0);
+        for plane in Plane::ALL {
+            let bytes = &packed[self.plane_range(plane, &(0..self.n_out))];
+            let per_row = self.plane_row_bytes(plane);
+            if per_row == 0 {
+                continue;
+            }
+            let mut linear = vec![0; per_row];
+            for (row, out) in bytes.chunks_exact(per_row).zip(into.chunks_exact_mut(self.row_bytes())) {
+                self.for_each_chunk(plane, |packed, of_row| linear[of_row].copy_from_slice(&row[packed]));
+                let blocks = linear.chunks_exact(plane.block_bytes(&self.layout()));
+                for (packed, file) in blocks.zip(out.chunks_exact_mut(self.block_bytes)) {
+                    self.fields
+                        .iter()
+                        .filter(|field| field.plane == plane)
+                        .for_each(|field| field.unpack(packed, file));
+                }
+            }
+        }
+    }
+
+    fn fill_plane(&self, plane: Plane, source: &[u8], into: &mut [u8]) {
+        let per_row = self.plane_row_bytes(plane);
+        if per_row == 0 {
+            return;
+        }
+        let mut linear = vec![0; per_row];
+        // The padding behind the last row is no whole row, or nobody's: there are no more source rows then.
+        for (row, packed_row) in source.chunks_exact(self.row_bytes()).zip(into.chunks_exact_mut(per_row)) {
+            linear.fill(0);
+            let blocks = linear.chunks_exact_mut(plane.block_bytes(&self.layout()));
+            for (packed, file) in blocks.zip(row.chunks_exact(self.block_bytes)) {
+                self.fields.iter().filter(|field| field.plane == plane).for_each(|field| field.pack(file, packed));
+            }
+            self.for_each_chunk(plane, |packed, of_row| packed_row[packed].copy_from_slice(&linear[of_row]));
+        }
+    }
+
+    /// The pieces of a row's part of a plane: where each is in the plane, and where before the interleaving of chunks.
+    fn for_each_chunk(&self, plane: Plane, mut piece: impl FnMut(Range<usize>, Range<usize>)) {
+        let group_bytes = self.layout().group_bytes();
+        if plane != Plane::Quants || group_bytes <= 16 {
+            let all = 0..self.plane_row_bytes(plane);
+            return piece(all.clone(), all);
+        }
+        let n_groups = self.plane_row_bytes(plane) / group_bytes;
+        for group in 0..n_groups {
+            for chunk in 0..group_bytes / 16 {
+                let packed = chunk_offset(n_groups, group_bytes, group, chunk);
+                let linear = group * group_bytes + chunk * 16;
+                piece(packed..packed + 16, linear..linear + 16);
+            }
+        }
+    }
+
+    fn layout(&self) -> Layout {
+        self.format.layout()
+    }
+
+    fn blocks_per_row(&self) -> usize {
+        self.n_in / self.layout().block_len
+    }
+
+    fn plane_row_bytes(&self, plane: Plane) -> usize {
+        self.blocks_per_row() * plane.block_bytes(&self.layout())
+    }
+
+    /// The bytes of `rows` in a plane of the matrix, with the padding if they are the last.
+    fn plane_range(&self, plane: Plane, rows: &Range<usize>) -> Range<usize> {
+        let whole = plane.range(&self.layout().planes(self.n_in, self.n_out));
+        let row = |row| whole.start + row * self.plane_row_bytes(plane);
+        row(rows.start)..if rows.end == self.n_out { whole.end } else { row(rows.end) }
+    }
+}

@@ -1,0 +1,142 @@
+//! Which tokens go to which expert.
+
+use cuda_std::warp::WARP_SIZE;
+use cuda_std::{Disjoint, Global, kernel, shared_array, thread, warp};
+#[cfg(not(target_arch = "nvptx64"))]
+use cuda_std::{Entry, Launch};
+
+/// Pairs of a tile: what a block of [`prefill`](super::prefill) takes of one expert.
+pub const TILE_PAIRS: u32 = crate::matmul::TILE_TOKENS;
+/// Words of an entry of the list of tiles: expert, first place in the sorted list, number of pairs.
+pub const TILE_WORDS: u32 = 3;
+
+const THREADS: u32 = 512;
+const WARPS: u32 = THREADS / WARP_SIZE;
+const COUNTS: usize = THREADS as usize;
+/// Ids that a lane loads before it looks at the first.
+const AHEAD: usize = 4;
+const STEP: u32 = AHEAD as u32 * WARP_SIZE;
+
+/// The kernels of this file.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const ENTRIES: &[&Entry] = &[experts_sort::ENTRY];
+
+/// The one geometry [`experts_sort`](fn@experts_sort) is written for.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const fn launch(n_expert: u32) -> Launch {
+    Launch::linear(n_expert, THREADS)
+}
+
+/// Tiles in the list for so many pairs, used or not. Experts e of `cₑ` pairs need `Σ ⌈cₑ / 64⌉` tiles, which is never more.
+pub const fn n_tiles(n_pairs: u32, n_expert: u32) -> u32 {
+    n_pairs / TILE_PAIRS + n_expert
+}
+
+/// Sorts pairs of token and slot by expert, and cuts each expert's share into tiles.
+///
+/// - Math: `pairs` is the permutation of `0..n_pairs` that sorts by `(ids[p], p)`. Expert e's pairs start at place
+///   `bₑ = |{p : ids[p] < e}|`, and its tiles fill entries `⌊bₑ / 64⌋ + e` up to those of `e + 1`: enough for all its
+///   pairs, whatever they are, and known without the counts of other experts. Entries left over have no pairs.
+/// - Shapes: `pairs`: `[n_pairs]`; `tiles`: `[n_tiles(n_pairs, n_expert), 3]`; `ids`: `[n_pairs]`, each below n_expert.
+/// - Launch: [`launch`]`(n_expert)`. A block owns an expert, a warp a sixteenth of the pairs, in order.
+/// - Shared memory: 4 KiB, two counts of each warp in each thread's place; one barrier.
+/// - Cost: latency; each expert's block reads `ids` twice.
+/// - Determinism: exact.
+/// - Source: none.
+///
+/// # Safety
+///
+/// Launched as above; the slices have the shapes written above.
+#[kernel(threads = THREADS, blocks_per_sm = 2)]
+pub unsafe fn experts_sort(pairs: Disjoint<u32>, tiles: Disjoint<u32>, ids: Global<u32>) {
+    let (expert, thread) = (thread::block_idx_x(), thread::thread_idx_x());
+    let (warp_idx, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
+    let n_pairs = ids.len() as u32;
+    let share = n_pairs.div_ceil(WARPS * STEP) * STEP;
+    let (first, end) = ((warp_idx * share).min(n_pairs), ((warp_idx + 1) * share).min(n_pairs));
+
+    let (mut n_less, mut n_equal) = (0, 0);
+    let mut at = first;
+    while at < end {
+        let found = load(ids, at + lane, end);
+        let mut i = 0;
+        while i < AHEAD {
+            // SAFETY: a warp has one share, so all 32 lanes are here.
+            unsafe {
+                n_less += warp::ballot(found[i] < expert).count_ones();
+                n_equal += warp::ballot(found[i] == expert).count_ones();
+            }
+            i += 1;
+        }
+        at += STEP;
+    }
+
+    let less = shared_array!(experts_sort_less: [u32; COUNTS]);
+    let equal = shared_array!(experts_sort_equal: [u32; COUNTS]);
+    // The expert's first place, this warp's, and how many pairs the expert has.
+    let (mut base, mut place, mut count) = (0, 0, 0);
+    // SAFETY: the whole block is here; each thread writes its own element, and the barrier orders that before the reads.
+    unsafe {
+        less.write(thread as usize, n_less);
+        equal.write(thread as usize, n_equal);
+        thread::sync_threads();
+        let mut w = 0;
+        while w < WARPS {
+            base += less.read((w * WARP_SIZE) as usize);
+            let of_warp = equal.read((w * WARP_SIZE) as usize);
+            place += if w < warp_idx { of_warp } else { 0 };
+            count += of_warp;
+            w += 1;
+        }
+    }
+    place += base;
+
+    let mut at = first;
+    while at < end {
+        let found = load(ids, at + lane, end);
+        let mut i = 0;
+        while i < AHEAD {
+            let mine = found[i] == expert;
+            // SAFETY: as above.
+            let all = unsafe { warp::ballot(mine) };
+            if mine {
+                let before = (all & ((1 << lane) - 1)).count_ones();
+                // SAFETY: places of warps, steps and lanes are distinct, and so are those of experts.
+                unsafe { pairs.write((place + before) as usize, at + i as u32 * WARP_SIZE + lane) };
+            }
+            place += all.count_ones();
+            i += 1;
+        }
+        at += STEP;
+    }
+
+    let first_tile = base / TILE_PAIRS + expert;
+    let end_tile = (base + count) / TILE_PAIRS + expert + 1;
+    let mut tile = first_tile + thread;
+    while tile < end_tile {
+        let done = ((tile - first_tile) * TILE_PAIRS).min(count);
+        let at = (tile * TILE_WORDS) as usize;
+        // SAFETY: the entry is this thread's alone.
+        unsafe {
+            tiles.write(at, expert);
+            tiles.write(at + 1, base + done);
+            tiles.write(at + 2, (count - done).min(TILE_PAIRS));
+        }
+        tile += THREADS;
+    }
+}
+
+/// Ids `at`, `at + 32`, …; those from `end` on count as no expert's, nor below any.
+#[inline(always)]
+fn load(ids: Global<u32>, at: u32, end: u32) -> [u32; AHEAD] {
+    let mut found = [u32::MAX; AHEAD];
+    let mut i = 0;
+    while i < AHEAD {
+        let at = at + i as u32 * WARP_SIZE;
+        if at < end {
+            found[i] = ids[at as usize];
+        }
+        i += 1;
+    }
+    found
+}

@@ -1,0 +1,15 @@
+//! Every kernel against its f64 reference, in the checked emulator and, where asked, on the GPU.
+
+mod argmax;
+mod attention;
+mod embed;
+mod experts;
+mod gelu;
+mod layer_norm;
+mod matmul;
+mod matvec;
+mod rms_norm;
+mod rope;
+mod router;
+mod swiglu;
+mod weights;
