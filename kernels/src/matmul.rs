@@ -24,8 +24,13 @@ pub(crate) const WEIGHT_HALVES: usize = (2 * TILE_ROWS * STRIDE) as usize;
 pub(crate) const X_HALVES: usize = (2 * TILE_TOKENS * STRIDE) as usize;
 pub(crate) const WEIGHT_POWERS: usize = 2 * TILE_ROWS as usize;
 pub(crate) const X_POWERS: usize = 2 * TILE_TOKENS as usize;
+/// Words from one token's 16 results to the next's when they are written out by way of the tile of weights, which they
+/// just fill: 8 rows of 4 tokens, two apart, meet in no bank.
+const RESULT_STRIDE: u32 = 20;
+const _: () = assert!(2 * TILE_ROWS * STRIDE == 2 * THREADS * RESULT_STRIDE);
 /// Quads of `x` a thread brings.
 pub(crate) const X_QUADS: usize = 4;
+const _: () = assert!((THREADS - WEIGHT_THREADS) / 8 == 16, "a thread's quads are 16 tokens apart");
 
 /// The one geometry the kernels of this file are written for.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -213,7 +218,7 @@ unsafe fn matmul<F: Format>(
             thread::sync_threads();
             step += 1;
         }
-        write(&sums, out, bias, share.first_row + row, share.first_token + token, n_tokens, n_out, epilogue);
+        write(&sums, tiles, out, bias, share.first_row + row, share.first_token + token, n_tokens, n_out, epilogue);
     }
 }
 
@@ -233,7 +238,7 @@ impl Share {
             ahead.raw = unsafe { F::load(place, row as usize, step) };
         } else {
             let mut i = 0;
-            while i < X_QUADS {
+            while i < X_QUADS && self.wants_tokens(16 * i as u32) {
                 let (token, quad) = self.x_place(i);
                 // As with rows.
                 let token = (self.first_token + token).min(self.n_tokens - 1);
@@ -244,6 +249,13 @@ impl Share {
             }
         }
         ahead
+    }
+
+    /// Whether any of the 16 tokens of the tile from `first` on exists: they are brought and multiplied together. The same
+    /// for whole warps.
+    #[inline(always)]
+    fn wants_tokens(self, first: u32) -> bool {
+        self.first_token + first < self.n_tokens
     }
 
     /// The token, in the tile, and quad of its group that is this thread's `i`th: 8 neighbouring lanes share a token.
@@ -278,7 +290,7 @@ impl Share {
             unsafe { tiles.weight_powers.write(row as usize, power) };
         } else {
             let mut i = 0;
-            while i < X_QUADS {
+            while i < X_QUADS && self.wants_tokens(16 * i as u32) {
                 let (token, quad) = self.x_place(i);
                 let row = buffer * TILE_TOKENS + token;
                 let [a, b, c, d] = ahead.quads[i].map(f32::from_bits);
@@ -342,12 +354,8 @@ pub(crate) unsafe fn multiply(
             m += 1;
         }
         let mut pair = 0;
-        while pair < 2 {
+        while pair < 2 && share.wants_tokens(token + 16 * pair as u32) {
             let first = 16 * pair as u32;
-            // The same for the whole warp: nobody wants these 16 tokens.
-            if share.first_token + token + first >= share.n_tokens {
-                break;
-            }
             let at = ((x_tile + first + x_row) * STRIDE + x_half) as usize;
             let (low, high) = (tiles.x.load_matrix_x4(at), tiles.x.load_matrix_x4(at + 16));
             let mut n = 0;
@@ -372,15 +380,17 @@ pub(crate) unsafe fn multiply(
     }
 }
 
-/// Writes a warp's 32 × 32 results.
+/// Writes a warp's 32 × 32 results, by way of its part of shared memory: so neighbouring lanes write neighbours, and the
+/// epilogue stands in the code twice and not 32 times.
 ///
 /// # Safety
 ///
-/// No other warp has them.
+/// Whole warps are here; no other warp has the results; nobody uses the tile of weights any more.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "all of it is needed")]
 unsafe fn write(
     sums: &[[[f32; 4]; 4]; 2],
+    tiles: Tiles,
     out: Disjoint<f32>,
     bias: Global<f32>,
     row: u32,
@@ -390,23 +400,41 @@ unsafe fn write(
     epilogue: u32,
 ) {
     let lane = thread::thread_idx_x();
+    // In halves, since the tile is of them. 32 tokens of 16 rows.
+    let word = |token: u32, row: u32| 2 * ((thread::thread_idx_y() * 32 + token) * RESULT_STRIDE + row) as usize;
+    let end = n_tokens.saturating_sub(token).min(32);
     let mut m = 0;
-    while m < 4 {
-        let o = row + 8 * m as u32 + lane / 4;
-        if o < n_out {
-            let bias = if bias.len() > 0 { bias[o as usize] } else { 0.0 };
-            let mut n = 0;
-            while n < 8 {
-                let t = token + 8 * (n as u32 / 2) + 2 * (lane % 4) + n as u32 % 2;
-                if t < n_tokens {
-                    let y = sums[m / 2][n / 2][m % 2 * 2 + n % 2] + bias;
-                    let at = t as usize * n_out as usize + o as usize;
-                    // SAFETY: element (t, o) is this lane's alone.
-                    unsafe { out.write(at, finish(epilogue, y, || out.read(at))) };
-                }
-                n += 1;
+    while m < 2 {
+        let mut n = 0;
+        while n < 4 {
+            let (token, row) = (8 * n as u32 + 2 * (lane % 4), lane / 4);
+            let [a, b, c, d] = sums[m][n].map(f32::to_bits);
+            // SAFETY: the part is this warp's, and each word one lane's.
+            unsafe {
+                tiles.weight.store4(word(token, row), a);
+                tiles.weight.store4(word(token + 1, row), b);
+                tiles.weight.store4(word(token, row + 8), c);
+                tiles.weight.store4(word(token + 1, row + 8), d);
+            }
+            n += 1;
+        }
+        // SAFETY: whole warps are here.
+        unsafe { warp::sync() };
+        let o = (row + 16 * m as u32 + lane % 16) as usize;
+        if o < n_out as usize {
+            let bias = if bias.len() > 0 { bias[o] } else { 0.0 };
+            let mut i = lane / 16;
+            while i < end {
+                // SAFETY: written above.
+                let y = f32::from_bits(unsafe { tiles.weight.load4(word(i, lane % 16)) }) + bias;
+                let at = (token + i) as usize * n_out as usize + o;
+                // SAFETY: element (token + i, o) is this lane's alone.
+                unsafe { out.write(at, finish(epilogue, y, || out.read(at))) };
+                i += 2;
             }
         }
+        // SAFETY: as above.
+        unsafe { warp::sync() };
         m += 1;
     }
 }

@@ -128,6 +128,16 @@ fn the_next_marker_begins_anew() {
 }
 
 #[test]
+fn a_line_break_between_messages_is_no_message() {
+    let ids = TINY.encode_with_specials("<|message|>a<|end|>\n<|start|>assistant<|message|>b<|end|>");
+    let starts = events(&TINY, &ids).into_iter().filter_map(|event| match event {
+        Event::MessageStart(header) => Some(header.text),
+        _ => None,
+    });
+    assert_eq!(starts.collect::<Vec<_>>(), [&b""[..], b"\nassistant"]);
+}
+
+#[test]
 fn quoted_markers_are_text() {
     let harmony = Harmony::new(&TINY).unwrap();
     let mut parser = harmony.parser();

@@ -19,7 +19,7 @@ fn render(template: &str, messages: &[Message]) -> Result<String, TemplateError>
 #[test]
 fn texts_are_those_of_pythons_jinja() {
     let cases = golden("templates");
-    assert_eq!(cases.len(), 7);
+    assert_eq!(cases.len(), 9);
     for case in cases {
         let template = ChatTemplate::new(case["template"].as_str().unwrap()).unwrap();
         let tools = tools(&case);

@@ -121,8 +121,11 @@ fn a_context_larger_than_the_model_s() {
 
 #[test]
 fn a_prompt_longer_than_the_context() {
+    let n_tokens = gamma(["tokenize", "1 2 3 4 5 6 7 8"]).text().lines().count();
     let line = generate(&["-c", "4", "-p", "1 2 3 4 5 6 7 8"]).refused();
-    assert_eq!(line, "prompt: has 8 tokens, the context has room for 4; -c makes it larger");
+    assert_eq!(line, format!("prompt: has {n_tokens} tokens, the context has room for 4; -c makes it larger"));
+    let line = generate(&["-p", &"word ".repeat(2000)]).refused();
+    assert!(line.ends_with("tokens, the context has room for 512, all that the model was made for"), "{line}");
 }
 
 #[test]
@@ -203,7 +206,7 @@ fn wrong_usage() {
         (&["--temp", "warm"], "invalid float literal"),
         (&["--top-p", "1.5"], "--top-p: '1.5' is out of range; expected 0 to 1"),
         (&["--min-p", "-0.1"], "--min-p: '-0.1' is out of range; expected 0 to 1"),
-        (&["--top-k", "-1"], "--top-k"),
+        (&["--top-k", "-1"], "invalid value '-1' for '--top-k <K>'"),
         (&["--repeat-penalty", "0"], "--repeat-penalty: '0' is out of range; expected more than 0"),
         (&["--presence-penalty", "inf"], "--presence-penalty: 'inf' is out of range; expected a finite number"),
         (&["--logit-bias", "262"], "expected a token id, + or -, and a number"),
@@ -211,7 +214,7 @@ fn wrong_usage() {
         (&["-n", "-2"], "expected -1 or a whole number from 0"),
         (&["-s", "-2"], "expected -1 or a whole number from 0"),
         (&["-b", "0"], "expected a whole number from 1 to 1048576"),
-        (&["-c", "-1"], "--ctx-size"),
+        (&["-c", "-1"], "invalid value '-1' for '--ctx-size <N>'"),
         (&["--vram-limit", "0"], "expected a number of bytes above 0"),
         (&["--vram-limit", "24XB"], "expected a number of bytes above 0"),
         (&["--kv", "q8_0"], "possible values: f16, f32"),

@@ -125,24 +125,52 @@ fn prefill_and_decode_agree() {
 // ---- hostile values ----
 
 #[test]
-fn scales_at_both_ends_of_e8m0() {
-    // The scale byte of every block, and activations that bring the products back to about 1: 2⁻¹²⁷ and 2⁻¹²⁶ are
-    // subnormal, 2¹²⁷ is beyond f16. Products of subnormal weights are themselves normal numbers of 3 bits.
-    for (byte, magnitude) in [(0, 2f32.powi(125)), (1, 2f32.powi(124)), (254, 2f32.powi(-126))] {
+fn the_smallest_scales_of_e8m0_are_kept() {
+    // 2⁻¹²⁷ and 2⁻¹²⁶ for every block; without biases the gated unit is all but linear for what 2¹⁰⁰ makes of them.
+    for byte in [0, 1] {
         let mut layer = Layer::new(TensorType::MXFP4, TensorType::MXFP4, 4, 64, 64);
+        layer.gate_bias.fill(0.0);
+        layer.up_bias.fill(0.0);
         for block in layer.gate.bytes.chunks_exact_mut(17).chain(layer.up.bytes.chunks_exact_mut(17)) {
             block[0] = byte;
         }
-        let x: Vec<f32> = layer.x(2).iter().map(|x| x * magnitude).collect();
-        let ids = [1, 0, 2, 1];
-        let h: Vec<f64> = layer.reference(&x, &ids, 2).iter().flat_map(|pair| pair.h.clone()).collect();
-        assert!(relative_error(&vec![0.0; h.len()], &h) == 1.0 && h.iter().any(|h| h.abs() > 0.1), "{h:?}");
+        let (ids, x) = ([1, 0, 2, 1], layer.x(2).iter().map(|x| x * 2f32.powi(100)).collect::<Vec<_>>());
+        let h: Vec<f64> = layer.reference(&x, &ids, 2).into_iter().flat_map(|pair| pair.h).collect();
+        assert!(h.iter().any(|h| h.abs() > 1e-9) && h.iter().all(|h| h.abs() < 1e-6), "{h:?}");
         for device in devices() {
             let on_device = layer.upload(&device);
             let (found, _) = on_device.decode(&x[..64], &[0.0; 64], &ids[..2], &[0.5, 0.5]);
             assert_close(&found, &h[..2 * 64], DECODE);
             let found = on_device.prefill(&x, &[0.0; 128], &ids, &[0.5; 4], 2);
             assert_close(&found.h_by_pair(64), &h, PREFILL);
+        }
+    }
+}
+
+#[test]
+fn the_largest_scale_of_e8m0_is_kept() {
+    // 2¹²⁷ for every block, and codes up to 1.5, above which f32 ends; one activation a block, since sums of more end too.
+    let mut layer = Layer::new(TensorType::MXFP4, TensorType::MXFP4, 4, 64, 64);
+    layer.down_bias.fill(0.0);
+    for block in layer.down.bytes.chunks_exact_mut(17) {
+        block[0] = 254;
+        block[1..].iter_mut().for_each(|codes| *codes &= 0xbb);
+    }
+    let down = layer.down.decoded();
+    let mut h = vec![0.0; 64];
+    (h[5], h[47]) = (2f32.powi(-100), -(2f32.powi(-101)));
+    for expert in 0..4 {
+        let row = |o: usize| &down[(expert * 64 + o) * 64..][..64];
+        let y: Vec<f64> =
+            (0..64).map(|o| row(o).iter().zip(&h).map(|(&w, &h)| f64::from(w) * f64::from(h)).sum()).collect();
+        assert!(y.iter().all(|y| y.is_finite()) && y.iter().any(|y| y.abs() > 1e8), "{y:?}");
+        for device in devices() {
+            let on_device = layer.upload(&device);
+            let (ids, h) = (device.upload(&[expert as u32]), device.upload(&h));
+            // Powers of two: exact but for the sum.
+            assert_close(&on_device.decode_down(&h, &[0.0; 64], &ids, &[1.0]), &y, DECODE);
+            let (pairs, tiles) = run_sort(&device, &[expert as u32], 4);
+            assert_close(&on_device.prefill_down(&h, &pairs, &tiles).to_vec().unwrap(), &y, DECODE);
         }
     }
 }
@@ -413,61 +441,72 @@ impl OnDevice<'_> {
     fn decode(&self, x: &[f32], before: &[f32], ids: &[u32], weights: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let (device, (d_model, d_ff)) = (self.device, (self.layer.d_model as u32, self.layer.d_ff as u32));
         let h = device.poisoned(ids.len() * self.layer.d_ff);
-        let (x, out, ids, weights) =
-            (device.upload(x), device.upload(before), device.upload(ids), device.upload(weights));
-        let [gate_up, down] = self.formats();
-        // SAFETY: shapes as the kernels' comments say.
+        let (x, ids) = (device.upload(x), device.upload(ids));
+        let (gate, up, gate_bias, up_bias) =
+            (self.gate.slice(), self.up.slice(), self.gate_bias.slice(), self.up_bias.slice());
+        // SAFETY: shapes as the kernel's comment says.
         unsafe {
-            let (gate, up, launcher) = (self.gate.slice(), self.up.slice(), device.launcher());
-            let (gate_bias, up_bias) = (self.gate_bias.slice(), self.up_bias.slice());
-            let (x, ids) = (x.slice(), ids.slice());
-            decode::run_gate_up(gate_up, launcher, h.slice(), gate, up, gate_bias, up_bias, x, ids, d_model, d_ff)
+            let (format, launcher, x, ids) = (self.formats()[0], device.launcher(), x.slice(), ids.slice());
+            decode::run_gate_up(format, launcher, h.slice(), gate, up, gate_bias, up_bias, x, ids, d_model, d_ff)
                 .unwrap();
-            let (weight, bias) = (self.down.slice(), self.down_bias.slice());
-            let (out, h, weights) = (out.slice(), h.slice(), weights.slice());
-            decode::run_down(down, launcher, out, weight, bias, h, ids, weights, d_ff, d_model).unwrap();
         }
-        (h.to_vec().unwrap(), out.to_vec().unwrap())
+        let out = self.decode_down(&h, before, &ids, weights);
+        (h.to_vec().unwrap(), out)
+    }
+
+    fn decode_down(&self, h: &Buffer<f32>, before: &[f32], ids: &Buffer<u32>, weights: &[f32]) -> Vec<f32> {
+        let (device, (d_model, d_ff)) = (self.device, (self.layer.d_model as u32, self.layer.d_ff as u32));
+        let (out, weights) = (device.upload(before), device.upload(weights));
+        let (weight, bias) = (self.down.slice(), self.down_bias.slice());
+        // SAFETY: shapes as the kernel's comment says.
+        unsafe {
+            let (format, launcher) = (self.formats()[1], device.launcher());
+            let (h, ids, weights) = (h.slice(), ids.slice(), weights.slice());
+            decode::run_down(format, launcher, out.slice(), weight, bias, h, ids, weights, d_ff, d_model).unwrap();
+        }
+        out.to_vec().unwrap()
     }
 
     fn prefill(&self, x: &[f32], before: &[f32], ids: &[u32], weights: &[f32], n_used: usize) -> Prefilled {
         let (device, layer) = (self.device, self.layer);
         let (d_model, d_ff, n_expert) = (layer.d_model as u32, layer.d_ff as u32, layer.n_expert as u32);
-        let (n_pairs, n_used) = (ids.len(), n_used as u32);
+        let n_used = n_used as u32;
         let (pairs, tiles) = run_sort(device, ids, layer.n_expert);
-        let h = device.poisoned(n_pairs * layer.d_ff);
-        let y = device.poisoned(n_pairs * layer.d_model);
+        let h = device.poisoned(ids.len() * layer.d_ff);
         let (x, out, weights) = (device.upload(x), device.upload(before), device.upload(weights));
-        let [gate_up, down] = self.formats();
-        // SAFETY: shapes as the kernels' comments say.
+        let (gate, up, gate_bias, up_bias) =
+            (self.gate.slice(), self.up.slice(), self.gate_bias.slice(), self.up_bias.slice());
+        // SAFETY: shapes as the kernel's comment says.
         unsafe {
-            let (gate, up, launcher) = (self.gate.slice(), self.up.slice(), device.launcher());
-            let (gate_bias, up_bias) = (self.gate_bias.slice(), self.up_bias.slice());
+            let (format, launcher, h, x) = (self.formats()[0], device.launcher(), h.slice(), x.slice());
             let (p, t) = (pairs.slice(), tiles.slice());
             prefill::run_gate_up(
-                gate_up,
-                launcher,
-                h.slice(),
-                gate,
-                up,
-                gate_bias,
-                up_bias,
-                x.slice(),
-                p,
-                t,
-                n_expert,
-                n_used,
-                d_model,
-                d_ff,
+                format, launcher, h, gate, up, gate_bias, up_bias, x, p, t, n_expert, n_used, d_model, d_ff,
             )
             .unwrap();
-            let (weight, bias) = (self.down.slice(), self.down_bias.slice());
-            prefill::run_down(down, launcher, y.slice(), weight, bias, h.slice(), p, t, n_expert, d_ff, d_model)
+        }
+        let y = self.prefill_down(&h, &pairs, &tiles);
+        // SAFETY: shapes as the kernel's comment says.
+        unsafe {
+            let launch = launch_combine(ids.len() as u32 / n_used, d_model);
+            experts_combine::run(device.launcher(), launch, out.slice(), y.slice(), weights.slice(), n_used, d_model)
                 .unwrap();
-            let launch = launch_combine(n_pairs as u32 / n_used, d_model);
-            experts_combine::run(launcher, launch, out.slice(), y.slice(), weights.slice(), n_used, d_model).unwrap();
         }
         Prefilled { pairs: pairs.to_vec().unwrap(), h: h.to_vec().unwrap(), out: out.to_vec().unwrap() }
+    }
+
+    fn prefill_down(&self, h: &Buffer<f32>, pairs: &Buffer<u32>, tiles: &Buffer<u32>) -> Buffer<f32> {
+        let (device, layer) = (self.device, self.layer);
+        let (d_model, d_ff, n_expert) = (layer.d_model as u32, layer.d_ff as u32, layer.n_expert as u32);
+        let y = device.poisoned(pairs.len() * layer.d_model);
+        let (weight, bias) = (self.down.slice(), self.down_bias.slice());
+        // SAFETY: shapes as the kernel's comment says.
+        unsafe {
+            let (format, launcher, h) = (self.formats()[1], device.launcher(), h.slice());
+            let (p, t) = (pairs.slice(), tiles.slice());
+            prefill::run_down(format, launcher, y.slice(), weight, bias, h, p, t, n_expert, d_ff, d_model).unwrap();
+        }
+        y
     }
 }
 

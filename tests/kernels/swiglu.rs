@@ -40,9 +40,9 @@ fn check(gate: &[f32], up: &[f32], found: &[f32]) {
     for i in 0..gate.len() {
         let (g, u) = (f64::from(gate[i]).min(7.0), f64::from(up[i]).clamp(-7.0, 7.0));
         let expected = g / (1.0 + (-1.702 * g).exp()) * (u + 1.0);
-        // exp's relative error is |1.702 g| 2⁻²⁴ + 2⁻²², which is that of σ at most; four more roundings. What f32 cannot
-        // hold is 0.
-        let relative = (1.702 * g.abs() + 8.0) / 16_777_216.0;
+        // σ's relative error is exp's at most: 2⁻²² and that of the exponent, where 1.702, log₂ e and two products are
+        // rounded, 2⁻²⁴ each. Four more roundings. What f32 cannot hold is 0.
+        let relative = (4.0 * 1.702 * g.abs() + 8.0) / 16_777_216.0;
         let bound = relative * expected.abs() + f64::from(f32::MIN_POSITIVE);
         assert!(
             (f64::from(found[i]) - expected).abs() <= bound,

@@ -1,5 +1,7 @@
 //! Repacking of weights: nothing is lost, nothing grows.
 
+#![expect(clippy::unwrap_used, reason = "a test that panics fails, which is what it should do")]
+
 use gamma_tests::bytes;
 use gpt_gamma::gguf::TensorType;
 use gpt_gamma::weights::{Error, Packing};

@@ -182,10 +182,10 @@ pub struct SamplingArgs {
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
     /// Tokens of prompt and continuation together; 0 takes all that the model was made for
-    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    #[arg(short, long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub ctx_size: usize,
     /// Prompt tokens to process at once
-    #[arg(short, long, value_name = "N", default_value = "512", value_parser = batch_size)]
+    #[arg(short, long, value_name = "N", default_value = "512", value_parser = batch_size, allow_negative_numbers = true)]
     pub batch_size: usize,
     /// Type of the KV cache
     #[arg(long, value_name = "TYPE", default_value = "f16")]
@@ -208,7 +208,7 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
     /// Number of the GPU, as the driver counts [default: 0]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub gpu: Option<u32>,
     /// Build of the kernels: sm_80 or sm_90a [default: what suits the GPU]
     #[arg(long, value_name = "BUILD", value_parser = ptx_build)]

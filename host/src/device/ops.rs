@@ -6,8 +6,12 @@
 use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
 use kernels::attention::decode::{self, decode_splits};
 use kernels::attention::{kv_append, prefill};
+use kernels::experts::{decode as one, prefill as many, sort};
 use kernels::format::WeightFormat;
-use kernels::{argmax as argmax_kernel, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec};
+use kernels::{
+    argmax as argmax_kernel, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
+    rms_norm as rms_norm_kernel, rope as rope_kernel, router,
+};
 
 use super::View;
 
@@ -48,6 +52,8 @@ pub struct AttentionShape {
     pub n_ctx: usize,
     /// What scores are multiplied by.
     pub scale: f32,
+    /// How many keys a query sees, its own included; all if `None`.
+    pub window: Option<usize>,
 }
 
 impl AttentionShape {
@@ -59,9 +65,10 @@ impl AttentionShape {
         self.n_head * self.d_head
     }
 
-    /// Whether several query heads share the keys they read: then one block serves them on tensor cores.
+    /// Whether so many query heads share the keys they read that one block serves them on tensor cores: below about five
+    /// their rows of the tensor core's tile are empty.
     fn is_grouped(&self) -> bool {
-        self.n_head > self.n_head_kv
+        self.n_head > 4 * self.n_head_kv
     }
 
     /// Over how many blocks a decode step spreads the keys of a head, by the whole context: the launch is recorded once.
@@ -70,7 +77,7 @@ impl AttentionShape {
             true => decode::launch_grouped(self.n_head as u32, self.n_head_kv as u32, 1),
             false => decode::launch(self.n_head as u32, 1),
         };
-        decode_splits(self.n_ctx as u32, one.grid[0])
+        decode_splits(self.n_ctx.min(self.window.unwrap_or(usize::MAX)) as u32, one.grid[0])
     }
 }
 
@@ -225,41 +232,42 @@ pub fn attention(
     qkv: View<f32>,
     cache: Cache,
     state: View<u32>,
+    sinks: Option<View<f32>>,
     partial: View<f32>,
     shape: AttentionShape,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
     cache.assert_holds(shape);
+    assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_head), "sinks length");
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
     assert_eq!(out.len(), n_tokens * shape.q_width(), "output length");
     assert!(partial.len() >= attention_partial_len(shape), "partial length");
     assert!(shape.d_head.is_multiple_of(8) && shape.d_head <= 128, "head width");
     let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
-    let (d, c, scale, narrow) = (shape.d_head as u32, shape.n_ctx as u32, shape.scale, shape.d_head <= 64);
+    let (d, c, scale) = (shape.d_head as u32, shape.n_ctx as u32, shape.scale);
     let (out, qkv, state, partial) = (out.slice(), qkv.slice(), state.slice(), partial.slice());
-    let (no_sinks, no_window) = (DeviceSlice::new(0, 0), 0);
+    let (sinks, window) = (optional(sinks), shape.window.unwrap_or(0) as u32);
 
     if n_tokens > 1 {
         // SAFETY: as in `embed`.
         return unsafe {
             match cache {
                 Cache::F16 { k, v } => {
-                    let launch = prefill::launch_f16(t, h);
-                    let kernel = match narrow {
-                        true => prefill::attention_prefill_f16_64::run,
-                        false => prefill::attention_prefill_f16_128::run,
+                    let kernel = match d {
+                        ..=64 => prefill::attention_prefill_f16_64::run,
+                        _ => prefill::attention_prefill_f16_128::run,
                     };
-                    let (k, v) = (k.slice(), v.slice());
-                    kernel(launcher, launch, out, qkv, k, v, state, no_sinks, t, h, hkv, d, c, no_window, scale)
+                    let (launch, k, v) = (prefill::launch_f16(t, h), k.slice(), v.slice());
+                    kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, c, window, scale)
                 }
                 Cache::F32 { k, v } => {
-                    let launch = prefill::launch_f32(t, h);
-                    let kernel = match narrow {
-                        true => prefill::attention_prefill_f32_64::run,
-                        false => prefill::attention_prefill_f32_128::run,
+                    let kernel = match d {
+                        ..=32 => prefill::attention_prefill_f32_32::run,
+                        33..=64 => prefill::attention_prefill_f32_64::run,
+                        _ => prefill::attention_prefill_f32_128::run,
                     };
-                    let (k, v) = (k.slice(), v.slice());
-                    kernel(launcher, launch, out, qkv, k, v, state, no_sinks, t, h, hkv, d, c, no_window, scale)
+                    let (launch, k, v) = (prefill::launch_f32(t, h), k.slice(), v.slice());
+                    kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, c, window, scale)
                 }
             }
         };
@@ -270,31 +278,185 @@ pub fn attention(
     unsafe {
         match cache {
             Cache::F16 { k, v } => {
-                let (launch, kernel): (_, unsafe fn(_, _, _, _, _, _, _, _, _, _, _, _, _) -> _) =
-                    match (shape.is_grouped(), narrow) {
-                        (false, true) => (decode::launch(h, n_splits), decode::attention_decode_f16_64::run),
-                        (false, false) => (decode::launch(h, n_splits), decode::attention_decode_f16_128::run),
-                        (true, true) => {
-                            (decode::launch_grouped(h, hkv, n_splits), decode::attention_decode_grouped_f16_64::run)
-                        }
-                        (true, false) => {
-                            (decode::launch_grouped(h, hkv, n_splits), decode::attention_decode_grouped_f16_128::run)
-                        }
-                    };
-                let (k, v) = (k.slice(), v.slice());
-                kernel(launcher, launch, partial, qkv, k, v, state, h, hkv, d, c, no_window, scale)?;
+                let kernel = match (shape.is_grouped(), d) {
+                    (true, ..=64) => decode::attention_decode_grouped_f16_64::run,
+                    (true, _) => decode::attention_decode_grouped_f16_128::run,
+                    (false, ..=32) => decode::attention_decode_f16_32::run,
+                    (false, 33..=64) => decode::attention_decode_f16_64::run,
+                    (false, _) => decode::attention_decode_f16_128::run,
+                };
+                let launch = match shape.is_grouped() {
+                    true => decode::launch_grouped(h, hkv, n_splits),
+                    false => decode::launch(h, n_splits),
+                };
+                kernel(launcher, launch, partial, qkv, k.slice(), v.slice(), state, h, hkv, d, c, window, scale)?;
             }
             Cache::F32 { k, v } => {
-                let kernel = match narrow {
-                    true => decode::attention_decode_f32_64::run,
-                    false => decode::attention_decode_f32_128::run,
+                let kernel = match d {
+                    ..=32 => decode::attention_decode_f32_32::run,
+                    33..=64 => decode::attention_decode_f32_64::run,
+                    _ => decode::attention_decode_f32_128::run,
                 };
+                // These have a block a query head whatever the group.
                 let (launch, k, v) = (decode::launch(h, n_splits), k.slice(), v.slice());
-                kernel(launcher, launch, partial, qkv, k, v, state, h, hkv, d, c, no_window, scale)?;
+                kernel(launcher, launch, partial, qkv, k, v, state, h, hkv, d, c, window, scale)?;
             }
         }
         let launch = decode::launch_merge(h);
-        decode::attention_merge::run(launcher, launch, out, partial, state, no_sinks, h, d, n_splits, no_window)
+        decode::attention_merge::run(launcher, launch, out, partial, state, sinks, h, d, n_splits, window)
+    }
+}
+
+/// `out[t] = γ · x[t] / √(mean(x[t]²) + ε)`.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn rms_norm(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    x: View<f32>,
+    gamma: View<f32>,
+    epsilon: f32,
+) -> Result<(), LaunchError> {
+    let n_tokens = x.len() / gamma.len();
+    assert_eq!((out.len(), x.len()), (x.len(), n_tokens * gamma.len()), "lengths");
+    let launch = rms_norm_kernel::launch(n_tokens as u32);
+    // SAFETY: as in `embed`.
+    unsafe { rms_norm_kernel::rms_norm::run(launcher, launch, out.slice(), x.slice(), gamma.slice(), epsilon) }
+}
+
+/// Turns the query and key heads in `qkv` by their positions; `frequencies` are of [`kernels::rope::frequency`].
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn rope(
+    launcher: &dyn Launcher,
+    qkv: View<f32>,
+    frequencies: View<u64>,
+    magnitude: f32,
+    state: View<u32>,
+    shape: AttentionShape,
+    n_tokens: usize,
+) -> Result<(), LaunchError> {
+    assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
+    assert_eq!(2 * frequencies.len(), shape.d_head, "frequencies");
+    let n_head = (shape.n_head + shape.n_head_kv) as u32;
+    let launch = rope_kernel::launch(n_tokens as u32, n_head);
+    let (qkv, frequencies, width) = (qkv.slice(), frequencies.slice(), shape.qkv_width() as u32);
+    // SAFETY: as in `embed`.
+    unsafe { rope_kernel::rope::run(launcher, launch, qkv, frequencies, state.slice(), n_head, width, magnitude) }
+}
+
+/// What the experts of a layer are, and where their work goes.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub struct ExpertsWork<'a> {
+    pub n_expert: usize,
+    pub n_used: usize,
+    pub d_model: usize,
+    pub d_ff: usize,
+    /// `[n_tokens, n_expert]`.
+    pub logits: View<'a, f32>,
+    /// `[n_tokens, n_used]`, and so the next two.
+    pub ids: View<'a, u32>,
+    pub weights: View<'a, f32>,
+    pub pairs: View<'a, u32>,
+    /// [`expert_tiles_len`].
+    pub tiles: View<'a, u32>,
+    /// `[n_tokens · n_used, d_ff]`.
+    pub h: View<'a, f32>,
+    /// `[n_tokens · n_used, d_model]`.
+    pub y: View<'a, f32>,
+}
+
+/// Words of the list of tiles for so many pairs of token and expert.
+pub fn expert_tiles_len(n_pairs: usize, n_expert: usize) -> usize {
+    (sort::n_tiles(n_pairs as u32, n_expert as u32) * sort::TILE_WORDS) as usize
+}
+
+/// Chooses each token's experts: f32 logits of all, the largest `n_used`, their softmax.
+///
+/// # Errors
+///
+/// Those of the launches.
+pub fn route(
+    launcher: &dyn Launcher,
+    work: &ExpertsWork,
+    x: View<f32>,
+    weight: View<f32>,
+    bias: Option<View<f32>>,
+) -> Result<(), LaunchError> {
+    let n_tokens = x.len() / work.d_model;
+    assert_eq!(weight.len(), work.n_expert * work.d_model, "router length");
+    assert!(bias.is_none_or(|bias| bias.len() == work.n_expert), "router bias length");
+    assert_eq!(work.logits.len(), n_tokens * work.n_expert, "router logits length");
+    assert_eq!((work.ids.len(), work.weights.len()), (n_tokens * work.n_used, work.ids.len()), "choices");
+    let (t, d, e, n) = (n_tokens as u32, work.d_model as u32, work.n_expert as u32, work.n_used as u32);
+    let (logits, bias) = (work.logits.slice(), optional(bias));
+    // SAFETY: as in `embed`.
+    unsafe {
+        let launch = router::launch_logits(t, e);
+        router::router_logits::run(launcher, launch, logits, weight.slice(), x.slice(), bias, t, d, e)?;
+        router::router::run(launcher, router::launch(t), work.ids.slice(), work.weights.slice(), logits, t, e, n)
+    }
+}
+
+/// The matrices of a layer's experts and their biases, `[n_expert, n_out]`.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "a format, matrices, biases")]
+pub struct ExpertsMatrix<'a> {
+    pub format: WeightFormat,
+    pub packed: View<'a, u8>,
+    pub bias: View<'a, f32>,
+}
+
+/// `out[t] += Σₛ weights[t, s] · down(swiglu(gate(x[t]), up(x[t])))` over the experts that [`route`] chose.
+///
+/// # Errors
+///
+/// Those of the launches.
+pub fn experts(
+    launcher: &dyn Launcher,
+    work: &ExpertsWork,
+    out: View<f32>,
+    x: View<f32>,
+    gate: ExpertsMatrix,
+    up: ExpertsMatrix,
+    down: ExpertsMatrix,
+) -> Result<(), LaunchError> {
+    let (n_pairs, n_tokens) = (work.ids.len(), x.len() / work.d_model);
+    assert_eq!((out.len(), x.len(), n_pairs), (x.len(), n_tokens * work.d_model, n_tokens * work.n_used), "lengths");
+    assert_eq!((work.h.len(), work.y.len()), (n_pairs * work.d_ff, n_pairs * work.d_model), "work lengths");
+    assert_eq!((work.pairs.len(), work.tiles.len()), (n_pairs, expert_tiles_len(n_pairs, work.n_expert)), "lists");
+    assert_eq!(gate.format, up.format, "one kernel reads gate and up; the plan refused what differs");
+    let check = |matrix: ExpertsMatrix, n_in: usize, n_out: usize| {
+        let bytes = work.n_expert * matrix.format.layout().planes(n_in, n_out).end;
+        assert_eq!((matrix.packed.len(), matrix.bias.len()), (bytes, work.n_expert * n_out), "expert lengths");
+    };
+    check(gate, work.d_model, work.d_ff);
+    check(up, work.d_model, work.d_ff);
+    check(down, work.d_ff, work.d_model);
+    let (first, second) = (gate.format, down.format);
+    let (gate, up, down) = (
+        (gate.packed.slice(), gate.bias.slice()),
+        (up.packed.slice(), up.bias.slice()),
+        (down.packed.slice(), down.bias.slice()),
+    );
+    let (d, f, e, n) = (work.d_model as u32, work.d_ff as u32, work.n_expert as u32, work.n_used as u32);
+    let (out, x, h, y) = (out.slice(), x.slice(), work.h.slice(), work.y.slice());
+    let (ids, weights, pairs, tiles) = (work.ids.slice(), work.weights.slice(), work.pairs.slice(), work.tiles.slice());
+    // SAFETY: as in `embed`.
+    unsafe {
+        if n_tokens == 1 {
+            one::run_gate_up(first, launcher, h, gate.0, up.0, gate.1, up.1, x, ids, d, f)?;
+            return one::run_down(second, launcher, out, down.0, down.1, h, ids, weights, f, d);
+        }
+        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids)?;
+        many::run_gate_up(first, launcher, h, gate.0, up.0, gate.1, up.1, x, pairs, tiles, e, n, d, f)?;
+        many::run_down(second, launcher, y, down.0, down.1, h, pairs, tiles, e, f, d)?;
+        many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
     }
 }
 

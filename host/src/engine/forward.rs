@@ -2,11 +2,11 @@
 
 use cuda_std::{LaunchError, Launcher, f16};
 
-use super::load::DeviceWeights;
-use super::plan::{WorkspaceSizes, cache_len};
+use super::load::{DeviceWeights, Experts};
+use super::plan::{WorkspaceSizes, cache_len, rope};
 use super::{Error, Gelu, KvType, Options};
-use crate::adapter::{AttentionSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, QkvSpec};
-use crate::device::ops::{self, AttentionShape, Cache, Epilogue};
+use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, QkvSpec};
+use crate::device::ops::{self, AttentionShape, Cache, Epilogue, ExpertsMatrix, ExpertsWork};
 use crate::device::{self, Buffer, Graph, SharedDevice, View};
 
 /// A loaded model with one sequence of tokens.
@@ -29,9 +29,10 @@ struct Model {
     spec: ModelSpec,
     options: Options,
     weights: DeviceWeights,
-    /// K and V of each layer.
     caches: Vec<LayerCache>,
     work: Workspace,
+    /// What turned queries and keys are multiplied by.
+    rope_magnitude: f32,
 }
 
 enum LayerCache {
@@ -60,6 +61,14 @@ struct Workspace {
     inner: Buffer<f32>,
     logits: Buffer<f32>,
     partial: Buffer<f32>,
+    /// For mixtures of experts, as `WorkspaceSizes` says.
+    router_logits: Buffer<f32>,
+    expert_ids: Buffer<u32>,
+    expert_weights: Buffer<f32>,
+    pairs: Buffer<u32>,
+    tiles: Buffer<u32>,
+    expert_out: Buffer<f32>,
+    frequencies: Buffer<u64>,
 }
 
 fn attention_shape(spec: &ModelSpec, layer: Option<&LayerSpec>, n_ctx: usize) -> AttentionShape {
@@ -69,30 +78,7 @@ fn attention_shape(spec: &ModelSpec, layer: Option<&LayerSpec>, n_ctx: usize) ->
         d_head: spec.d_head,
         n_ctx,
         scale: layer.map_or(0.0, |layer| layer.attention.scale),
-    }
-}
-
-/// Refuses what [`Model::layers`] does not compute.
-pub(super) fn check_runnable(spec: &ModelSpec) -> Result<(), Error> {
-    for layer in &spec.layers {
-        let LayerSpec { attention_norm, qkv, attention, ffn_norm, ffn, .. } = layer;
-        let AttentionSpec { scale: _, window, sinks, rope } = attention;
-        let unknown = [
-            (matches!(qkv, QkvSpec::Separate { .. }), "queries, keys and values in separate tensors"),
-            (matches!(attention_norm, NormSpec::Rms { .. }), "RMS norms"),
-            (matches!(ffn_norm, NormSpec::Rms { .. }), "RMS norms"),
-            (window.is_some(), "attention windows"),
-            (sinks.is_some(), "attention sinks"),
-            (rope.is_some(), "rotary positions"),
-            (matches!(ffn, FfnSpec::MixtureOfExperts { .. }), "mixtures of experts"),
-        ];
-        if let Some(&(_, what)) = unknown.iter().find(|(is_there, _)| *is_there) {
-            return Err(Error::NotYetRunnable { what });
-        }
-    }
-    match spec.output_norm {
-        NormSpec::Layer { .. } => Ok(()),
-        NormSpec::Rms { .. } => Err(Error::NotYetRunnable { what: "RMS norms" }),
+        window: layer.and_then(|layer| layer.attention.window),
     }
 }
 
@@ -116,6 +102,9 @@ pub(super) fn new(
     };
     let caches = (0..spec.n_layer).map(|_| cache()).collect::<Result<Vec<_>, _>>()?;
     let sizes = WorkspaceSizes::new(&spec, &options);
+    let positions = rope(&spec).map(|rope| rope.inverse_frequencies(options.yarn_truncate));
+    let (radians, magnitude) = positions.unwrap_or_default();
+    let frequencies: Vec<u64> = radians.into_iter().map(kernels::rope::frequency).collect();
     let work = Workspace {
         tokens: Buffer::new(&device, sizes.tokens)?,
         state: Buffer::new(&device, 1)?,
@@ -126,8 +115,15 @@ pub(super) fn new(
         inner: Buffer::new(&device, sizes.inner)?,
         logits: Buffer::new(&device, sizes.logits)?,
         partial: Buffer::new(&device, sizes.partial)?,
+        router_logits: Buffer::new(&device, sizes.router_logits)?,
+        expert_ids: Buffer::new(&device, sizes.pairs)?,
+        expert_weights: Buffer::new(&device, sizes.pairs)?,
+        pairs: Buffer::new(&device, sizes.pairs)?,
+        tiles: Buffer::new(&device, sizes.tiles)?,
+        expert_out: Buffer::new(&device, sizes.expert_out)?,
+        frequencies: Buffer::from_slice(&device, &frequencies)?,
     };
-    let model = Model { device, spec, options, weights, caches, work };
+    let model = Model { device, spec, options, weights, caches, work, rope_magnitude: magnitude as f32 };
     Ok(Engine { decode_graph: None, model, n_past: 0, device_position: None, device_token: None, has_logits: false })
 }
 
@@ -142,7 +138,6 @@ impl Model {
         let normed = work.normed.view().part(0..n_tokens * d);
         let qkv = work.qkv.view().part(0..n_tokens * qkv_width);
         let attended = work.attended.view().part(0..n_tokens * q_width);
-        let inner = work.inner.view().part(0..n_tokens * spec.d_ff);
         let (tokens, state) = (work.tokens.view().part(0..n_tokens), work.state.view());
 
         let table = weights.matrix(spec.token_embedding);
@@ -151,21 +146,19 @@ impl Model {
 
         for (layer, cache) in spec.layers.iter().zip(&self.caches) {
             self.norm(launcher, normed, x, &layer.attention_norm)?;
-            let QkvSpec::Fused(fused) = &layer.qkv else { unreachable!("refused when it was loaded") };
-            self.linear(launcher, qkv, normed, fused, Epilogue::Store)?;
+            self.qkv(launcher, qkv, normed, &layer.qkv)?;
             let shape = attention_shape(spec, Some(layer), self.options.n_ctx);
+            if layer.attention.rope.is_some() {
+                let (frequencies, magnitude) = (work.frequencies.view(), self.rope_magnitude);
+                ops::rope(launcher, qkv, frequencies, magnitude, state, shape, n_tokens)?;
+            }
             ops::kv_append(launcher, cache.view(), qkv, state, shape, n_tokens)?;
-            ops::attention(launcher, attended, qkv, cache.view(), state, work.partial.view(), shape, n_tokens)?;
+            let (sinks, partial) = (layer.attention.sinks.map(|id| weights.vector(id).view()), work.partial.view());
+            ops::attention(launcher, attended, qkv, cache.view(), state, sinks, partial, shape, n_tokens)?;
             self.linear(launcher, x, attended, &layer.attention_output, Epilogue::Add)?;
 
             self.norm(launcher, normed, x, &layer.ffn_norm)?;
-            let FfnSpec::Gelu { up, down } = &layer.ffn else { unreachable!("refused when it was loaded") };
-            let gelu = match self.options.gelu {
-                Gelu::Exact => Epilogue::GeluErf,
-                Gelu::Tanh => Epilogue::GeluTanh,
-            };
-            self.linear(launcher, inner, normed, up, gelu)?;
-            self.linear(launcher, x, inner, down, Epilogue::Add)?;
+            self.ffn(launcher, x, normed, &layer.ffn)?;
         }
         Ok(())
     }
@@ -186,9 +179,59 @@ impl Model {
     }
 
     fn norm(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, norm: &NormSpec) -> Result<(), LaunchError> {
-        let NormSpec::Layer { gamma, beta, epsilon } = *norm else { unreachable!("refused when it was loaded") };
-        let (gamma, beta) = (self.weights.vector(gamma).view(), self.weights.vector(beta).view());
-        ops::layer_norm(launcher, out, x, gamma, beta, epsilon)
+        let vector = |id| self.weights.vector(id).view();
+        match *norm {
+            NormSpec::Layer { gamma, beta, epsilon } => {
+                ops::layer_norm(launcher, out, x, vector(gamma), vector(beta), epsilon)
+            }
+            NormSpec::Rms { gamma, epsilon } => ops::rms_norm(launcher, out, x, vector(gamma), epsilon),
+        }
+    }
+
+    /// Queries, keys and values of all heads: one product, whether the file has one tensor or three.
+    fn qkv(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, qkv: &QkvSpec) -> Result<(), LaunchError> {
+        let first = qkv.linears().next().expect("a fused tensor, or three");
+        self.linear(launcher, out, x, first, Epilogue::Store)
+    }
+
+    /// The feed-forward network on the rows of `normed`, added to those of `x`.
+    fn ffn(&self, launcher: &dyn Launcher, x: View<f32>, normed: View<f32>, ffn: &FfnSpec) -> Result<(), LaunchError> {
+        let (work, d_model, d_ff) = (&self.work, self.spec.d_model, self.spec.d_ff);
+        let n_tokens = x.len() / d_model;
+        match ffn {
+            FfnSpec::Gelu { up, down } => {
+                let gelu = match self.options.gelu {
+                    Gelu::Exact => Epilogue::GeluErf,
+                    Gelu::Tanh => Epilogue::GeluTanh,
+                };
+                let inner = work.inner.view().part(0..n_tokens * d_ff);
+                self.linear(launcher, inner, normed, up, gelu)?;
+                self.linear(launcher, x, inner, down, Epilogue::Add)
+            }
+            FfnSpec::MixtureOfExperts { router, n_expert, n_used, gate, up, down, activation: _ } => {
+                let n_pairs = n_tokens * n_used;
+                let expert_work = ExpertsWork {
+                    n_expert: *n_expert,
+                    n_used: *n_used,
+                    d_model,
+                    d_ff,
+                    logits: work.router_logits.view().part(0..n_tokens * n_expert),
+                    ids: work.expert_ids.view().part(0..n_pairs),
+                    weights: work.expert_weights.view().part(0..n_pairs),
+                    pairs: work.pairs.view().part(0..n_pairs),
+                    tiles: work.tiles.view().part(0..ops::expert_tiles_len(n_pairs, *n_expert)),
+                    h: work.inner.view().part(0..n_pairs * d_ff),
+                    y: work.expert_out.view().part(0..n_pairs * d_model),
+                };
+                let vector = |id| self.weights.vector(id).view();
+                let matrix = |experts: &ExpertsSpec| {
+                    let Experts { format, packed } = self.weights.experts(experts.weight);
+                    ExpertsMatrix { format: *format, packed: packed.view(), bias: vector(experts.bias) }
+                };
+                ops::route(launcher, &expert_work, normed, vector(router.weight), router.bias.map(vector))?;
+                ops::experts(launcher, &expert_work, x, normed, matrix(gate), matrix(up), matrix(down))
+            }
+        }
     }
 
     fn linear(

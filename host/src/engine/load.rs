@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 
 use super::Error;
-use super::plan::{MemoryPlan, matrices, packing, vectors};
+use super::plan::{MemoryPlan, Stack, matrices, packing, vectors};
 use kernels::format::WeightFormat;
 
 use crate::adapter::{ModelSpec, TensorId};
 use crate::device::{Buffer, SharedDevice};
 use crate::gguf;
 use crate::model_file::ModelFile;
+use crate::weights::Packing;
 
 /// Bytes of repacked weights held on the host at once: weights are streamed, never copied whole.
 const STAGING_BYTES: usize = 16 << 20;
@@ -22,15 +23,26 @@ pub(super) struct Matrix {
     pub n_out: usize,
 }
 
-/// A model's tensors on the device. A tied head is there once.
+/// The matrices of a layer's experts, one after the other, each in the layout the kernels of its type read.
+pub(super) struct Experts {
+    pub format: WeightFormat,
+    pub packed: Buffer<u8>,
+}
+
+/// A model's tensors on the device, by the first tensor of each stack. A tied head is there once.
 pub(super) struct DeviceWeights {
     matrices: HashMap<TensorId, Matrix>,
+    experts: HashMap<TensorId, Experts>,
     vectors: HashMap<TensorId, Buffer<f32>>,
 }
 
 impl DeviceWeights {
     pub fn matrix(&self, id: TensorId) -> &Matrix {
         self.matrices.get(&id).expect("the plan listed every matrix of the spec")
+    }
+
+    pub fn experts(&self, id: TensorId) -> &Experts {
+        self.experts.get(&id).expect("the plan listed all experts of the spec")
     }
 
     pub fn vector(&self, id: TensorId) -> &Buffer<f32> {
@@ -46,32 +58,71 @@ pub(super) fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<DeviceWeights, Error> {
     let (mut done, total) = (0, plan.weight_bytes());
-    let name = |id: TensorId| file.tensors()[id.0].name.clone();
     let mut staging = Vec::new();
-    let mut loaded = DeviceWeights { matrices: HashMap::new(), vectors: HashMap::new() };
-    for (id, n_in, n_out) in matrices(spec) {
-        let packing = packing(&file.tensors()[id.0], n_in, n_out)?;
+    let mut loaded = DeviceWeights { matrices: HashMap::new(), experts: HashMap::new(), vectors: HashMap::new() };
+    for Stack { parts, n_in, n_out } in matrices(spec) {
+        let packing = packing(&file.tensors()[parts[0].0], n_in, n_out)?;
         let packed = Buffer::new(device, packing.n_bytes())?;
-        let (source, row_bytes) = (file.tensor_data(id.0), packing.row_bytes());
-        let rows_at_once = (STAGING_BYTES / row_bytes).clamp(1, n_out);
-        for first in (0..n_out).step_by(rows_at_once) {
-            let rows = first..n_out.min(first + rows_at_once);
-            staging.resize(packing.rows_bytes(rows.clone()), 0);
-            let source = &source[rows.start * row_bytes..rows.end * row_bytes];
-            for segment in packing.repack_rows(rows, source, &mut staging) {
-                done += segment.from.len() as u64;
-                packed.write(segment.to, &staging[segment.from])?;
-            }
-            progress(done, total);
+        let mut first_row = 0;
+        for part in &parts {
+            let source = file.tensor_data(part.0);
+            upload(&packing, source, first_row, &packed, 0, &mut staging, &mut |bytes| {
+                done += bytes;
+                progress(done, total);
+            })?;
+            first_row += source.len() / packing.row_bytes();
         }
-        loaded.matrices.insert(id, Matrix { format: packing.format(), packed, n_in, n_out });
+        loaded.matrices.insert(parts[0], Matrix { format: packing.format(), packed, n_in, n_out });
     }
-    for id in vectors(spec) {
-        let decoded = gguf::decode(file.tensors()[id.0].ty, file.tensor_data(id.0))
-            .map_err(|source| Error::Decode { tensor: name(id), source })?;
-        loaded.vectors.insert(id, Buffer::from_slice(device, &decoded)?);
+    for (experts, n_expert) in super::experts(spec) {
+        let packing = packing(&file.tensors()[experts.weight.0], experts.n_in, experts.n_out)?;
+        let packed = Buffer::new(device, n_expert * packing.n_bytes())?;
+        let source = file.tensor_data(experts.weight.0);
+        for (expert, source) in source.chunks_exact(source.len() / n_expert).enumerate() {
+            upload(&packing, source, 0, &packed, expert * packing.n_bytes(), &mut staging, &mut |bytes| {
+                done += bytes;
+                progress(done, total);
+            })?;
+        }
+        loaded.experts.insert(experts.weight, Experts { format: packing.format(), packed });
+    }
+    for parts in vectors(spec) {
+        let mut decoded = Vec::new();
+        for &part in &parts {
+            let tensor = &file.tensors()[part.0];
+            let values = gguf::decode(tensor.ty, file.tensor_data(part.0))
+                .map_err(|source| Error::Decode { tensor: tensor.name.clone(), source })?;
+            decoded.extend(values);
+        }
+        loaded.vectors.insert(parts[0], Buffer::from_slice(device, &decoded)?);
         done += 4 * decoded.len() as u64;
         progress(done, total);
     }
     Ok(loaded)
+}
+
+/// Repacks the rows in `source`, which are rows `first_row..` of the matrix that starts at `at` of `packed`.
+fn upload(
+    packing: &Packing,
+    source: &[u8],
+    first_row: usize,
+    packed: &Buffer<u8>,
+    at: usize,
+    staging: &mut Vec<u8>,
+    copied: &mut dyn FnMut(u64),
+) -> Result<(), Error> {
+    let row_bytes = packing.row_bytes();
+    let (n_rows, rows_at_once) = (source.len() / row_bytes, (STAGING_BYTES / row_bytes).max(1));
+    for first in (0..n_rows).step_by(rows_at_once) {
+        let end = n_rows.min(first + rows_at_once);
+        let rows = first_row + first..first_row + end;
+        staging.resize(packing.rows_bytes(rows.clone()), 0);
+        let mut bytes = 0;
+        for segment in packing.repack_rows(rows, &source[first * row_bytes..end * row_bytes], staging) {
+            bytes += segment.from.len() as u64;
+            packed.write(at + segment.to, &staging[segment.from])?;
+        }
+        copied(bytes);
+    }
+    Ok(())
 }

@@ -47,12 +47,14 @@ pub struct Options {
     pub gelu: Gelu,
     /// Most prompt tokens computed at once; default 512. More is faster, and takes workspace.
     pub n_batch: usize,
+    /// Rounds YaRN's bounds as llama.cpp does; default false, as the models were trained.
+    pub yarn_truncate: bool,
 }
 
 impl Options {
     /// The model's whole context and the defaults.
     pub fn for_model(spec: &ModelSpec) -> Self {
-        Self { n_ctx: spec.n_ctx, kv: KvType::default(), gelu: Gelu::default(), n_batch: 512 }
+        Self { n_ctx: spec.n_ctx, kv: KvType::default(), gelu: Gelu::default(), n_batch: 512, yarn_truncate: false }
     }
 
     fn check(&self, spec: &ModelSpec) -> Result<(), Error> {
@@ -104,14 +106,14 @@ pub enum Error {
     Device(#[from] device::Error),
 }
 
-/// Every linear map of the model that is no router; those of experts are [`experts`].
+/// Every linear map of the model but routers, [`experts`], and queries, keys and values.
 fn linears(spec: &ModelSpec) -> impl Iterator<Item = &LinearSpec> {
     let layers = spec.layers.iter().flat_map(|layer| {
         let ffn = match &layer.ffn {
             FfnSpec::Gelu { up, down } => Some([up, down]),
             FfnSpec::MixtureOfExperts { .. } => None,
         };
-        layer.qkv.linears().chain([&layer.attention_output]).chain(ffn.into_iter().flatten())
+        [&layer.attention_output].into_iter().chain(ffn.into_iter().flatten())
     });
     layers.chain([&spec.output])
 }
@@ -152,7 +154,6 @@ impl Engine {
         options: Options,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, Error> {
-        forward::check_runnable(spec)?;
         let plan = MemoryPlan::new(spec, file.tensors(), &options)?;
         plan.check(spec, file.tensors(), &options, device.memory()?)?;
         let weights = load::load(&device, file, spec, &plan, progress)?;

@@ -22,6 +22,8 @@ const ROWS_PER_DOWN_BLOCK: u32 = DOWN_WARPS * (WARP_SIZE / DOWN_LANES);
 /// Groups of activations in shared memory at a time; what is longer comes in parts.
 const SHARED_GROUPS: u32 = 128;
 const SHARED_FLOATS: usize = (SHARED_GROUPS * GROUP_STRIDE) as usize;
+/// Quads of activations that a thread loads before it stores the first.
+const STAGE_AHEAD: usize = 4;
 
 /// Features that a lane computes together, each of a row of `gate` and one of `up`, given the format's `BATCH`.
 const fn features(batch: usize) -> usize {
@@ -348,11 +350,7 @@ unsafe fn products<F: Format, const LANES: u32, const ROWS: usize, const VECTORS
             if wait || part > 0 {
                 thread::sync_threads();
             }
-            let mut v = 0;
-            while v < VECTORS {
-                stage(staged, v as u32 * part_groups, x, vectors[v] as usize * (n_groups * GROUP) as usize, part, end);
-                v += 1;
-            }
+            stage(staged, part_groups, x, vectors, n_groups, part, end);
             thread::sync_threads();
         }
         while group < end {
@@ -381,20 +379,62 @@ unsafe fn products<F: Format, const LANES: u32, const ROWS: usize, const VECTORS
     sums
 }
 
-/// Brings groups `start..end` of the row of `x` that begins at element `row` to group `to` of `staged`.
+/// Brings groups `start..end` of rows `vectors` of `x`, of `n_groups` groups each, to `staged`: row v from group
+/// `v · part_groups` on.
 ///
 /// # Safety
 ///
-/// The whole block is here, and nobody reads there.
+/// The whole block is here, and nobody reads `staged`.
 #[inline(always)]
-unsafe fn stage(staged: Shared<f32>, to: u32, x: Global<f32>, row: usize, start: u32, end: u32) {
-    let mut i = 4 * (thread::thread_idx_y() * WARP_SIZE + thread::thread_idx_x());
-    while i < (end - start) * GROUP {
-        // SAFETY: inside, in whole 16 bytes since rows are whole groups; every thread writes its own.
-        unsafe {
-            let four = x.load16(row + (start * GROUP + i) as usize);
-            staged.store16(((to + i / GROUP) * GROUP_STRIDE + i % GROUP) as usize, four);
+unsafe fn stage<const VECTORS: usize>(
+    staged: Shared<f32>,
+    part_groups: u32,
+    x: Global<f32>,
+    vectors: [u32; VECTORS],
+    n_groups: u32,
+    start: u32,
+    end: u32,
+) {
+    let threads = thread::block_dim_y() * WARP_SIZE;
+    let quads_per_vector = part_groups * (GROUP / 4);
+    let mut first = thread::thread_idx_y() * WARP_SIZE + thread::thread_idx_x();
+    while first < VECTORS as u32 * quads_per_vector {
+        // Several loads are under way before the first is stored; one by one, each would wait for the one before.
+        let mut ahead = [[0; 4]; STAGE_AHEAD];
+        let mut k = 0;
+        while k < STAGE_AHEAD {
+            let quad = first + k as u32 * threads;
+            let (v, i) = (quad / quads_per_vector, 4 * (quad % quads_per_vector));
+            if v < VECTORS as u32 && i < (end - start) * GROUP {
+                let row = pick(vectors, v) as usize * (n_groups * GROUP) as usize;
+                // SAFETY: inside, in whole 16 bytes since rows are whole groups.
+                ahead[k] = unsafe { x.load16(row + (start * GROUP + i) as usize) };
+            }
+            k += 1;
         }
-        i += 4 * thread::block_dim_y() * WARP_SIZE;
+        let mut k = 0;
+        while k < STAGE_AHEAD {
+            let quad = first + k as u32 * threads;
+            let (v, i) = (quad / quads_per_vector, 4 * (quad % quads_per_vector));
+            if v < VECTORS as u32 && i < (end - start) * GROUP {
+                let at = (v * part_groups + i / GROUP) * GROUP_STRIDE + i % GROUP;
+                // SAFETY: inside; every thread writes its own.
+                unsafe { staged.store16(at as usize, ahead[k]) };
+            }
+            k += 1;
+        }
+        first += STAGE_AHEAD as u32 * threads;
     }
+}
+
+/// `values[i]`, by comparisons: an index known at run time only would put the array in memory.
+#[inline(always)]
+fn pick<const N: usize>(values: [u32; N], i: u32) -> u32 {
+    let mut value = values[0];
+    let mut j = 1;
+    while j < N {
+        value = if j as u32 == i { values[j] } else { value };
+        j += 1;
+    }
+    value
 }

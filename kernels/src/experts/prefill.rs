@@ -206,7 +206,7 @@ kernels! {
     experts_prefill_gate_up_q3_k, experts_prefill_down_q3_k: Q3K, 2;
     experts_prefill_gate_up_q4_k, experts_prefill_down_q4_k: Q4K, 2;
     experts_prefill_gate_up_q5_k, experts_prefill_down_q5_k: Q5K, 2;
-    experts_prefill_gate_up_q6_k, experts_prefill_down_q6_k: Q6K, 2;
+    experts_prefill_gate_up_q6_k, experts_prefill_down_q6_k: Q6K, 1;
     experts_prefill_gate_up_mxfp4, experts_prefill_down_mxfp4: Mxfp4, 2;
 }
 
