@@ -1,11 +1,14 @@
-//! Compiles the kernels to PTX: `OUT_DIR/kernels-ARCH.ptx`, which `device::cuda` embeds, and a copy under
-//! `TARGET_DIR/ptx` for `cargo xtask audit`.
+//! Compiles the kernels to PTX: `OUT_DIR/kernels-ARCH.ptx.gz`, which `device::cuda` embeds (a sixteenth of the text), and
+//! the text itself under `TARGET_DIR/ptx` for `cargo xtask audit`.
 
 use std::error::Error;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use cuda_builder::CudaBuilder;
+use flate2::Compression;
+use flate2::write::GzEncoder;
 
 /// Architecture and the lowest PTX version that has its instructions: the lower, the older the driver that loads it.
 const BUILDS: [(&str, &str); 2] = [("sm_80", "ptx71"), ("sm_90a", "ptx80")];
@@ -28,7 +31,9 @@ fn build() -> Result<(), Box<dyn Error>> {
         let nested = target_dir.join("ptx").join(format!("build-{arch}"));
         let ptx = CudaBuilder::new("../kernels").arch(arch, ptx_version).out_dir(nested).build()?;
         let name = format!("kernels-{arch}.ptx");
-        fs::write(out_dir.join(&name), &ptx.text)?;
+        let mut compressed = GzEncoder::new(Vec::new(), Compression::best());
+        compressed.write_all(ptx.text.as_bytes())?;
+        fs::write(out_dir.join(format!("{name}.gz")), compressed.finish()?)?;
         fs::write(target_dir.join("ptx").join(&name), &ptx.text)?;
         for source in &ptx.sources {
             println!("cargo::rerun-if-changed={}", source.display());

@@ -124,6 +124,7 @@ fn the_next_marker_begins_anew() {
         &["assistant #analysis|a", "assistant #final|b"],
     );
     check("<|channel|>final<|message|>a<|message|>b<|constrain|>c<|startoftext|>d", &["assistant #final|abcd"]);
+    check("assis<|startoftext|>tant<|channel|>final<|message|>answer", &["assistant #final|answer"]);
     check("<|start|><|start|><|end|><|end|><|message|><|end|><|return|><|return|>", &[]);
 }
 

@@ -108,7 +108,7 @@ pub struct Generate {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// GGUF file, or the first file of a split model [default: the bundled tiny GPT-2]
+    /// GGUF file, or the first file of a split model [default: the bundled tiny gpt-oss]
     #[arg(short, long, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// Hugging Face tokenizer.json to use in place of the file's own vocabulary
@@ -196,6 +196,11 @@ pub struct EngineArgs {
     /// file says which one its model wants.
     #[arg(long, value_name = "FORM", default_value = "exact")]
     pub gelu: GeluForm,
+    /// Round the bounds of YaRN to whole dimensions, as llama.cpp does
+    ///
+    /// gpt-oss was trained without. For comparing with llama.cpp; models without YaRN do not mind.
+    #[arg(long)]
+    pub yarn_truncate: bool,
 }
 
 #[derive(Debug, Args)]

@@ -15,7 +15,7 @@ use super::args::{EngineArgs, ModelArgs, PromptArgs};
 use super::error::Error;
 
 /// What runs without `-m`.
-static BUNDLED: &[u8] = include_bytes!("../../../models/tiny-gpt2-q4_k_m.gguf");
+static BUNDLED: &[u8] = include_bytes!("../../../models/tiny-gpt-oss-mxfp4.gguf");
 
 /// Opens the file that `args` name, or the bundled model.
 pub fn open(args: &ModelArgs) -> Result<ModelFile, Error> {
@@ -101,6 +101,7 @@ pub fn options(args: &EngineArgs, file: &ModelFile, spec: &ModelSpec) -> Result<
     options.n_batch = args.batch_size;
     options.kv = args.kv.into();
     options.gelu = args.gelu.into();
+    options.yarn_truncate = args.yarn_truncate;
     let plan = MemoryPlan::new(spec, file.tensors(), &options).map_err(|source| engine_error(file, source))?;
     Ok((options, plan))
 }

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use cuda_loader::cust::context::{Context, CurrentContext};
 use cuda_loader::cust::device::{Device as CudaDevice, DeviceAttribute};
@@ -13,13 +14,14 @@ use cuda_loader::cust::stream::{Stream, StreamFlags};
 use cuda_loader::graph::{CaptureMode, GraphExec, capture};
 use cuda_loader::{LaunchAttributes, copy_to_device_async, copy_to_host_async, fill_async, launch_ex};
 use cuda_std::{Arg, Entry, Launch, LaunchError, Launcher};
+use flate2::read::GzDecoder;
 
 use super::{Device, Error, Graph, MemoryInfo};
 
-/// The kernels for every GPU from Ampere on.
-const PTX_SM_80: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels-sm_80.ptx"));
-/// The kernels for Hopper.
-const PTX_SM_90A: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels-sm_90a.ptx"));
+/// The kernels for every GPU from Ampere on, compressed.
+const PTX_SM_80: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels-sm_80.ptx.gz"));
+/// The kernels for Hopper, compressed.
+const PTX_SM_90A: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels-sm_90a.ptx.gz"));
 
 /// Which PTX build a GPU runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,12 +46,19 @@ impl PtxBuild {
         [Self::Sm80, Self::Sm90a].into_iter().find(|build| build.name() == name)
     }
 
-    /// Its text.
+    /// Its text, decompressed at the first call.
     pub fn text(self) -> &'static str {
-        match self {
-            Self::Sm80 => PTX_SM_80,
-            Self::Sm90a => PTX_SM_90A,
-        }
+        static SM_80: OnceLock<String> = OnceLock::new();
+        static SM_90A: OnceLock<String> = OnceLock::new();
+        let (compressed, text) = match self {
+            Self::Sm80 => (PTX_SM_80, &SM_80),
+            Self::Sm90a => (PTX_SM_90A, &SM_90A),
+        };
+        text.get_or_init(|| {
+            let mut text = String::new();
+            GzDecoder::new(compressed).read_to_string(&mut text).expect("the build script compressed it");
+            text
+        })
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::Error;
 use super::plan::{MemoryPlan, Stack, matrices, packing, vectors};
 use kernels::format::WeightFormat;
+use rayon::prelude::*;
 
 use crate::adapter::{ModelSpec, TensorId};
 use crate::device::{Buffer, SharedDevice};
@@ -12,8 +13,8 @@ use crate::gguf;
 use crate::model_file::ModelFile;
 use crate::weights::Packing;
 
-/// Bytes of repacked weights held on the host at once: weights are streamed, never copied whole.
-const STAGING_BYTES: usize = 16 << 20;
+/// Bytes of repacked weights that each core holds at once: weights are streamed, never copied whole.
+const STAGING_BYTES: usize = 1 << 20;
 
 /// A matrix `[n_out, n_in]` in the layout the kernels of its type read.
 pub(super) struct Matrix {
@@ -58,7 +59,7 @@ pub(super) fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<DeviceWeights, Error> {
     let (mut done, total) = (0, plan.weight_bytes());
-    let mut staging = Vec::new();
+    let mut staging = vec![Vec::new(); rayon::current_num_threads()];
     let mut loaded = DeviceWeights { matrices: HashMap::new(), experts: HashMap::new(), vectors: HashMap::new() };
     for Stack { parts, n_in, n_out } in matrices(spec) {
         let packing = packing(&file.tensors()[parts[0].0], n_in, n_out)?;
@@ -101,28 +102,38 @@ pub(super) fn load(
     Ok(loaded)
 }
 
-/// Repacks the rows in `source`, which are rows `first_row..` of the matrix that starts at `at` of `packed`.
+/// Repacks the rows in `source`, which are rows `first_row..` of the matrix that starts at `at` of `packed`: on all cores,
+/// some rows each, and copies them as they come.
 fn upload(
     packing: &Packing,
     source: &[u8],
     first_row: usize,
     packed: &Buffer<u8>,
     at: usize,
-    staging: &mut Vec<u8>,
+    staging: &mut [Vec<u8>],
     copied: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
     let row_bytes = packing.row_bytes();
-    let (n_rows, rows_at_once) = (source.len() / row_bytes, (STAGING_BYTES / row_bytes).max(1));
-    for first in (0..n_rows).step_by(rows_at_once) {
-        let end = n_rows.min(first + rows_at_once);
-        let rows = first_row + first..first_row + end;
-        staging.resize(packing.rows_bytes(rows.clone()), 0);
-        let mut bytes = 0;
-        for segment in packing.repack_rows(rows, &source[first * row_bytes..end * row_bytes], staging) {
-            bytes += segment.from.len() as u64;
-            packed.write(at + segment.to, &staging[segment.from])?;
+    let rows_at_once = (STAGING_BYTES / row_bytes).max(1);
+    let n_rows = source.len() / row_bytes;
+    for batch in (0..n_rows).step_by(rows_at_once * staging.len()) {
+        let end = n_rows.min(batch + rows_at_once * staging.len());
+        let parts = source[batch * row_bytes..end * row_bytes].par_chunks(rows_at_once * row_bytes);
+        let repacked = parts.zip(staging.par_iter_mut()).enumerate().map(|(i, (source, staging))| {
+            let first = first_row + batch + i * rows_at_once;
+            let rows = first..first + source.len() / row_bytes;
+            staging.resize(packing.rows_bytes(rows.clone()), 0);
+            packing.repack_rows(rows, source, staging)
+        });
+        let segments: Vec<_> = repacked.collect();
+        for (segments, staging) in segments.into_iter().zip(&*staging) {
+            let mut bytes = 0;
+            for segment in segments {
+                bytes += segment.from.len() as u64;
+                packed.write(at + segment.to, &staging[segment.from])?;
+            }
+            copied(bytes);
         }
-        copied(bytes);
     }
     Ok(())
 }

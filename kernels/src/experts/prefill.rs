@@ -195,8 +195,8 @@ macro_rules! kernels {
 
 kernels! {
     experts_prefill_gate_up_f32, experts_prefill_down_f32: F32, 1;
-    experts_prefill_gate_up_f16, experts_prefill_down_f16: F16, 2;
-    experts_prefill_gate_up_bf16, experts_prefill_down_bf16: Bf16, 2;
+    experts_prefill_gate_up_f16, experts_prefill_down_f16: F16, 1;
+    experts_prefill_gate_up_bf16, experts_prefill_down_bf16: Bf16, 1;
     experts_prefill_gate_up_q4_0, experts_prefill_down_q4_0: Q4_0, 2;
     experts_prefill_gate_up_q4_1, experts_prefill_down_q4_1: Q4_1, 2;
     experts_prefill_gate_up_q5_0, experts_prefill_down_q5_0: Q5_0, 2;
