@@ -29,7 +29,7 @@ run() {
 
 for ptx in sm_80 sm_90a; do
     for test in "$here"/tests/*; do
-        [ -f "$test" ] && run "$ptx" "$(basename "$test")" "$test"
+        [ -f "$test" ] && run "$ptx" "$(basename "$test")" "$test" --show-output
     done
 done
 if [ "${1:-}" = --bench ]; then

@@ -11,7 +11,7 @@ use syn::{Error, Expr, FnArg, GenericArgument, ItemFn, Pat, PathArguments, Retur
 ///
 /// ```ignore
 /// #[kernel(threads = 256, blocks_per_sm = 2)]
-/// pub unsafe fn scale(out: Disjoint<f32>, x: Global<f32>, factor: f32) { … }
+/// pub unsafe fn scale(out: Disjoint<f32>, x: Global<f32>, factor: f32) { /* … */ }
 /// ```
 ///
 /// - On `nvptx64`: the PTX entry `scale`. A slice parameter (`Global<T>`, `Disjoint<T>`, `Atomics<T>`) is flattened to an

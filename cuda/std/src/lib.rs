@@ -7,7 +7,7 @@
 //! - [`thread`], [`warp`]: who am I; barriers, shuffles, votes, reductions.
 //! - [`Global`], [`Disjoint`], [`Atomics`]: device memory behind a kernel parameter; [`Shared`], [`shared_array!`]: a
 //!   block's own memory; [`cp_async`]: copies between the two that overlap with arithmetic.
-//! - [`mma`]: tensor cores; [`f16`], [`Float`]: numbers.
+//! - [`mma`]: tensor cores; [`f16`](struct@f16), [`Float`]: numbers.
 //! - [`kernel`], [`Entry`], [`Launch`]: one signature for PTX entry, emulated twin and typed launcher.
 //!
 //! # Convergence

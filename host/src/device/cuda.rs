@@ -8,15 +8,16 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use cuda_loader::cust::context::{Context, CurrentContext};
 use cuda_loader::cust::device::{Device as CudaDevice, DeviceAttribute};
+use cuda_loader::cust::event::{Event, EventFlags};
 use cuda_loader::cust::memory::{DevicePointer, cuda_free, cuda_malloc};
 use cuda_loader::cust::module::Module;
 use cuda_loader::cust::stream::{Stream, StreamFlags};
 use cuda_loader::graph::{CaptureMode, GraphExec, capture};
-use cuda_loader::{LaunchAttributes, copy_to_device_async, copy_to_host_async, fill_async, launch_ex};
+use cuda_loader::{LaunchAttributes, PinnedBuffer, copy_to_device_async, copy_to_host_async, fill_async, launch_ex};
 use cuda_std::{Arg, Entry, Launch, LaunchError, Launcher};
 use flate2::read::GzDecoder;
 
-use super::{Device, Error, Graph, MemoryInfo};
+use super::{Device, Error, Graph, MemoryInfo, Staging};
 
 /// The kernels for every GPU from Ampere on, compressed.
 const PTX_SM_80: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels-sm_80.ptx.gz"));
@@ -213,6 +214,20 @@ impl Cuda {
         let name = format!("{name} ({} PTX)", ptx.name());
         Ok(Self { name, limit: options.vram_limit.unwrap_or(u64::MAX), used: AtomicU64::new(0), inner })
     }
+
+    /// An event behind what was launched so far: the time between two of them is the device's own for what lies between.
+    /// The calling thread is left in the device's context, as the event's own methods want it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Driver`] if the driver fails, earlier kernels' faults included.
+    pub fn mark(&self) -> Result<Event, Error> {
+        self.inner.run("event", || {
+            let event = Event::new(EventFlags::DEFAULT)?;
+            event.record(&self.inner.stream)?;
+            Ok(event)
+        })
+    }
 }
 
 /// An error and its sources on one line.
@@ -293,6 +308,16 @@ impl Device for Cuda {
         // SAFETY: `from` is not touched before the synchronization below.
         inner.run("copy to the device", || unsafe { copy_to_device_async(address, from, &inner.stream) })?;
         inner.synchronize("copy to the device")
+    }
+
+    unsafe fn copy_to_device_async(&self, address: u64, from: &[u8]) -> Result<(), Error> {
+        let inner = &self.inner;
+        // SAFETY: the caller's promise.
+        inner.run("copy to the device", || unsafe { copy_to_device_async(address, from, &inner.stream) })
+    }
+
+    fn staging(&self, bytes: usize) -> Result<Box<dyn Staging>, Error> {
+        self.inner.run("page-locked memory", || Ok(Box::new(PinnedBuffer::<u8>::zeroed(bytes)?) as Box<dyn Staging>))
     }
 
     fn copy_to_host(&self, address: u64, to: &mut [u8]) -> Result<(), Error> {

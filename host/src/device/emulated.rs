@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use cuda_std::emulator::{Emulator, Mode};
 use cuda_std::{Arg, Entry, Launch, LaunchError, Launcher};
 
-use super::{Device, Error, Graph, MemoryInfo};
+use super::{Device, Error, Graph, MemoryInfo, Staging};
 
 /// Host memory and host cores, running the GPU's own kernels.
 pub struct Emulated {
@@ -64,6 +64,14 @@ impl Device for Emulated {
 
     fn copy_to_device(&self, address: u64, from: &[u8]) -> Result<(), Error> {
         Ok(self.emulator.copy_to_device(address, from)?)
+    }
+
+    unsafe fn copy_to_device_async(&self, address: u64, from: &[u8]) -> Result<(), Error> {
+        self.copy_to_device(address, from)
+    }
+
+    fn staging(&self, bytes: usize) -> Result<Box<dyn Staging>, Error> {
+        Ok(Box::new(vec![0; bytes]))
     }
 
     fn copy_to_host(&self, address: u64, to: &mut [u8]) -> Result<(), Error> {

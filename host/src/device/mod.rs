@@ -9,6 +9,7 @@ mod buffer;
 mod cuda;
 mod emulated;
 pub mod ops;
+mod upload;
 
 use std::sync::Arc;
 
@@ -18,6 +19,7 @@ use cuda_std::{LaunchError, Launcher};
 pub use buffer::{Buffer, Plain, View};
 pub use cuda::{Cuda, CudaOptions, PtxBuild};
 pub use emulated::Emulated;
+pub use upload::{Segment, Staging, Uploader};
 
 /// A machine that holds memory and runs kernels, in the order they are launched.
 pub trait Device: Launcher + Send + Sync {
@@ -52,6 +54,24 @@ pub trait Device: Launcher + Send + Sync {
     /// - [`Error::Memory`] if the range is not allocated.
     /// - [`Error::Driver`] if the driver reports anything, earlier kernels' faults included.
     fn copy_to_device(&self, address: u64, from: &[u8]) -> Result<(), Error>;
+
+    /// Starts a copy of host bytes to the device, in order with launches.
+    ///
+    /// # Errors
+    ///
+    /// As [`copy_to_device`](Self::copy_to_device).
+    ///
+    /// # Safety
+    ///
+    /// `from` lives unchanged until [`synchronize`](Self::synchronize).
+    unsafe fn copy_to_device_async(&self, address: u64, from: &[u8]) -> Result<(), Error>;
+
+    /// Host memory, zeroed, from which such copies run beside the host's work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Driver`] if the driver cannot lock so much memory.
+    fn staging(&self, bytes: usize) -> Result<Box<dyn Staging>, Error>;
 
     /// Waits for all launches, then copies device bytes to the host.
     ///

@@ -5,16 +5,15 @@ use std::collections::HashMap;
 use super::Error;
 use super::plan::{MemoryPlan, Stack, matrices, packing, vectors};
 use kernels::format::WeightFormat;
-use rayon::prelude::*;
 
 use crate::adapter::{ModelSpec, TensorId};
-use crate::device::{Buffer, SharedDevice};
+use crate::device::{Buffer, Segment, SharedDevice, Uploader};
 use crate::gguf;
 use crate::model_file::ModelFile;
 use crate::weights::Packing;
 
-/// Bytes of repacked weights that each core holds at once: weights are streamed, never copied whole.
-const STAGING_BYTES: usize = 1 << 20;
+/// Bytes of weights, about, that a core repacks at a time: weights are streamed, never copied whole.
+const PART_BYTES: usize = 2 << 20;
 
 /// A matrix `[n_out, n_in]` in the layout the kernels of its type read.
 pub(super) struct Matrix {
@@ -59,7 +58,17 @@ pub(super) fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<DeviceWeights, Error> {
     let (mut done, total) = (0, plan.weight_bytes());
-    let mut staging = vec![Vec::new(); rayon::current_num_threads()];
+    // Planes pad to 128 bytes, so a part takes a little more than its rows; a row may be longer than a part.
+    let packings = matrices(spec).into_iter().map(|stack| (stack.parts[0], stack.n_in, stack.n_out));
+    let packings =
+        packings.chain(super::experts(spec).map(|(experts, _)| (experts.weight, experts.n_in, experts.n_out)));
+    let mut part_bytes = 0;
+    for (id, n_in, n_out) in packings {
+        let packing = packing(&file.tensors()[id.0], n_in, n_out)?;
+        let rows = rows_of_part(&packing, n_out);
+        part_bytes = part_bytes.max(packing.rows_bytes(0..rows)).max(packing.rows_bytes(n_out - rows..n_out));
+    }
+    let mut uploader = Uploader::new(device, rayon::current_num_threads(), part_bytes)?;
     let mut loaded = DeviceWeights { matrices: HashMap::new(), experts: HashMap::new(), vectors: HashMap::new() };
     for Stack { parts, n_in, n_out } in matrices(spec) {
         let packing = packing(&file.tensors()[parts[0].0], n_in, n_out)?;
@@ -67,7 +76,7 @@ pub(super) fn load(
         let mut first_row = 0;
         for part in &parts {
             let source = file.tensor_data(part.0);
-            upload(&packing, source, first_row, &packed, 0, &mut staging, &mut |bytes| {
+            upload(&packing, source, first_row, &packed, 0, &mut uploader, &mut |bytes| {
                 done += bytes;
                 progress(done, total);
             })?;
@@ -80,13 +89,14 @@ pub(super) fn load(
         let packed = Buffer::new(device, n_expert * packing.n_bytes())?;
         let source = file.tensor_data(experts.weight.0);
         for (expert, source) in source.chunks_exact(source.len() / n_expert).enumerate() {
-            upload(&packing, source, 0, &packed, expert * packing.n_bytes(), &mut staging, &mut |bytes| {
+            upload(&packing, source, 0, &packed, expert * packing.n_bytes(), &mut uploader, &mut |bytes| {
                 done += bytes;
                 progress(done, total);
             })?;
         }
         loaded.experts.insert(experts.weight, Experts { format: packing.format(), packed });
     }
+    uploader.finish()?;
     for parts in vectors(spec) {
         let mut decoded = Vec::new();
         for &part in &parts {
@@ -110,30 +120,27 @@ fn upload(
     first_row: usize,
     packed: &Buffer<u8>,
     at: usize,
-    staging: &mut [Vec<u8>],
+    uploader: &mut Uploader,
     copied: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
     let row_bytes = packing.row_bytes();
-    let rows_at_once = (STAGING_BYTES / row_bytes).max(1);
-    let n_rows = source.len() / row_bytes;
-    for batch in (0..n_rows).step_by(rows_at_once * staging.len()) {
-        let end = n_rows.min(batch + rows_at_once * staging.len());
-        let parts = source[batch * row_bytes..end * row_bytes].par_chunks(rows_at_once * row_bytes);
-        let repacked = parts.zip(staging.par_iter_mut()).enumerate().map(|(i, (source, staging))| {
-            let first = first_row + batch + i * rows_at_once;
+    let rows_of_part = rows_of_part(packing, source.len() / row_bytes);
+    let parts: Vec<(usize, &[u8])> = source.chunks(rows_of_part * row_bytes).enumerate().collect();
+    for batch in parts.chunks(uploader.n_parts()) {
+        let bytes = uploader.batch(packed, batch.len(), |i, staging| {
+            let (part, source) = batch[i];
+            let first = first_row + part * rows_of_part;
             let rows = first..first + source.len() / row_bytes;
-            staging.resize(packing.rows_bytes(rows.clone()), 0);
-            packing.repack_rows(rows, source, staging)
-        });
-        let segments: Vec<_> = repacked.collect();
-        for (segments, staging) in segments.into_iter().zip(&*staging) {
-            let mut bytes = 0;
-            for segment in segments {
-                bytes += segment.from.len() as u64;
-                packed.write(at + segment.to, &staging[segment.from])?;
-            }
-            copied(bytes);
-        }
+            let staging = &mut staging[..packing.rows_bytes(rows.clone())];
+            let segments = packing.repack_rows(rows, source, staging);
+            segments.into_iter().map(|segment| Segment { from: segment.from, to: at + segment.to }).collect()
+        })?;
+        copied(bytes);
     }
     Ok(())
+}
+
+/// Rows of `n_rows` that a core repacks at a time: few enough that every core has some.
+fn rows_of_part(packing: &Packing, n_rows: usize) -> usize {
+    n_rows.div_ceil(rayon::current_num_threads()).min(PART_BYTES / packing.row_bytes()).max(1)
 }

@@ -1,4 +1,5 @@
-//! Attention of one new token, split over the keys: blocks take a range of them each, [`attention_merge`] joins the ranges.
+//! Attention of one new token, split over the keys: blocks take a range of them each,
+//! [`attention_merge`](fn@attention_merge) joins the ranges.
 
 use cuda_std::{Disjoint, Float, Global, f16, kernel, mma, pack_f16x2, shared_array, thread, unpack_f16x2, warp};
 #[cfg(not(target_arch = "nvptx64"))]
