@@ -21,7 +21,7 @@ fn bytes(value: &Value) -> Vec<u8> {
 
 #[test]
 fn tokenize_prints_the_ids_that_hugging_face_has() {
-    let mut theirs = tokenizers::Tokenizer::from_file(model("tiny-gpt2.tokenizer.json")).unwrap();
+    let mut theirs = tokenizers::Tokenizer::from_file(model("tiny-gpt-oss.tokenizer.json")).unwrap();
     for specials in [false, true] {
         theirs.set_encode_special_tokens(!specials);
         let expected = theirs.encode_fast(TEXT, false).unwrap().get_ids().to_vec();
@@ -43,9 +43,9 @@ fn tokenize_loses_no_byte_of_standard_input() {
 
 #[test]
 fn tokenize_takes_another_tokenizer() {
-    let path = model("tiny-gpt-oss.tokenizer.json");
+    let path = model("tiny-gpt2.tokenizer.json");
     let ours = gamma(["tokenize", "--tokenizer", &path, TEXT]).text();
-    assert_eq!(ours, gamma(["tokenize", "-m", &model("tiny-gpt-oss-mxfp4.gguf"), TEXT]).text());
+    assert_eq!(ours, gamma(["tokenize", "-m", &model("tiny-gpt2-q4_k_m.gguf"), TEXT]).text());
     assert_ne!(ours, gamma(["tokenize", TEXT]).text());
 }
 
@@ -57,20 +57,23 @@ fn a_vocabulary_alone_can_be_tokenized_with_and_inspected() {
     assert_eq!(gamma(["tokenize", "-m", path, TEXT]).text(), gamma(["tokenize", TEXT]).text());
     let shown = gamma(["inspect", "-m", path]).text();
     assert!(shown.contains("architecture  gpt2; vocabulary only, no tensors\n"), "{shown}");
-    assert!(shown.contains("tokenizer     byte-level BPE, pre-tokenizer gpt-2, 2048 tokens"), "{shown}");
+    assert!(shown.contains("tokenizer     byte-level BPE, pre-tokenizer gpt-4o, 2048 tokens"), "{shown}");
 }
 
 #[test]
 fn inspect_tells_what_is_in_the_bundled_model() {
     let shown = gamma(["inspect"]).text();
-    for wanted in ["architecture  gpt2; runs: 4 layers, width 256", "gpt2.block_count", "token_embd.weight"] {
+    for wanted in ["architecture  gpt-oss; runs: 4 layers, width 256", "gpt-oss.block_count", "token_embd.weight"] {
         assert!(shown.contains(wanted), "{wanted:?} is not in {shown}");
     }
     let longest = shown.lines().map(|line| line.chars().count()).max().unwrap();
     assert!(longest < 300, "a line of {longest} characters: long arrays are to be abbreviated");
 
     let json = &gamma(["inspect", "--json"]).json()[0];
-    assert_eq!((&json["architecture"], &json["runs"], &json["reason"]), (&"gpt2".into(), &true.into(), &Value::Null));
+    assert_eq!(
+        (&json["architecture"], &json["runs"], &json["reason"]),
+        (&"gpt-oss".into(), &true.into(), &Value::Null)
+    );
     let pairs = json["metadata"].as_array().unwrap();
     let tokens = pairs.iter().find(|pair| pair["key"] == "tokenizer.ggml.tokens").unwrap();
     assert_eq!((&tokens["length"], &tokens["type"]), (&2048.into(), &"array of string".into()));
@@ -111,10 +114,10 @@ fn plan_adds_up_and_the_largest_context_is_the_largest() {
     let number = |json: &Value, key: &str| json[key].as_u64().unwrap();
     let weights: u64 = whole["weights"].as_array().unwrap().iter().map(|row| number(row, "bytes")).sum();
     let sum = weights + number(whole, "kv_cache_bytes") + number(whole, "workspace_bytes");
-    assert_eq!((number(whole, "total_bytes"), number(whole, "n_ctx")), (sum, 512));
-    assert_eq!((&whole["fits"], &whole["largest_ctx"]), (&true.into(), &512.into()));
-    // 2 (K and V) · 4 layers · 512 tokens · 256 wide · 2 bytes
-    assert_eq!(number(whole, "kv_cache_bytes"), 2 * 4 * 512 * 256 * 2);
+    assert_eq!((number(whole, "total_bytes"), number(whole, "n_ctx")), (sum, 1024));
+    assert_eq!((&whole["fits"], &whole["largest_ctx"]), (&true.into(), &1024.into()));
+    // 2 (K and V) · 4 layers · 1024 tokens · 2 heads of 64 · 2 bytes
+    assert_eq!(number(whole, "kv_cache_bytes"), 2 * 4 * 1024 * 128 * 2);
     let double = &plan(&["--kv", "f32"]).json()[0];
     assert_eq!(number(double, "kv_cache_bytes"), 2 * number(whole, "kv_cache_bytes"));
 
@@ -124,7 +127,8 @@ fn plan_adds_up_and_the_largest_context_is_the_largest() {
     assert_eq!((&json["fits"], &json["budget_bytes"].to_string()), (&false.into(), &limit));
     let largest = number(&json, "largest_ctx");
     let line = run.refused();
-    let told = format!("bundled model: {sum} bytes of device memory are needed for a context of 512, {limit} are free");
+    let told =
+        format!("bundled model: {sum} bytes of device memory are needed for a context of 1024, {limit} are free");
     assert!(line.starts_with(&told) && line.ends_with(&format!("use -c {largest}")), "{line}");
     plan(&["--vram-limit", &limit, "-c", &largest.to_string()]).succeeded();
     plan(&["--vram-limit", &limit, "-c", &(largest + 1).to_string()]).refused();
@@ -141,7 +145,7 @@ fn plan_needs_no_device() {
     assert!(shown.contains("budget     unknown (no CUDA device: "), "{shown}");
     let shown = gamma(["plan", "--vram-limit", "24GiB"]).text();
     assert!(shown.contains("24.00 GiB     25769803776 bytes  --vram-limit\n"), "{shown}");
-    assert!(shown.contains("largest    512 tokens of context fit, all that the model was made for\n"), "{shown}");
+    assert!(shown.contains("largest    1024 tokens of context fit, all that the model was made for\n"), "{shown}");
 }
 
 #[test]

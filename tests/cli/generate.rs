@@ -39,9 +39,9 @@ fn output_is_the_prompt_and_what_the_tokens_decode_to() {
 #[test]
 fn the_bundled_model_is_the_one_in_models() {
     let args = ["-p", PROMPT, "-n", "4", "--temp", "0"];
-    let path = model("tiny-gpt2-q4_k_m.gguf");
+    let path = model("tiny-gpt-oss-mxfp4.gguf");
     assert_eq!(generate(&args).succeeded(), generate(&[&args[..], &["-m", &path]].concat()).succeeded());
-    let json = model("tiny-gpt2.tokenizer.json");
+    let json = model("tiny-gpt-oss.tokenizer.json");
     assert_eq!(generate(&args).succeeded(), generate(&[&args[..], &["--tokenizer", &json]].concat()).succeeded());
 }
 
@@ -159,7 +159,7 @@ fn a_full_context_ends_the_text_and_is_told() {
     let n_prompt = split(generate(&["-p", PROMPT, "-n", "0", "--json"]).json()).1["n_prompt"].as_u64().unwrap();
     let n_ctx = (n_prompt + 2).to_string();
     let run = generate(&["-p", PROMPT, "-c", &n_ctx, "--temp", "0", "--ignore-eos", "--json"]);
-    let told = format!("gamma: context of {n_ctx} tokens is full: stopped after 3 new tokens; -c allows up to 512\n");
+    let told = format!("gamma: context of {n_ctx} tokens is full: stopped after 3 new tokens; -c allows up to 1024\n");
     assert_eq!(run.stderr, told);
     let (_, finish) = split(run.json());
     // The third follows from the two that filled it.
@@ -184,6 +184,15 @@ fn plan_and_speed_are_told_on_request() {
         assert!(run.stderr.contains(wanted), "{wanted:?} is not in {}", run.stderr);
     }
     assert!(run.stdout.starts_with(PROMPT.as_bytes()));
+}
+
+#[test]
+fn yarn_is_rounded_on_request() {
+    let first = |args: &[&str]| {
+        let fixed = ["-p", PROMPT, "-n", "1", "--temp", "0", "--json"];
+        generate(&[&fixed, args].concat()).json()[0]["logprob"].as_f64().unwrap()
+    };
+    assert_ne!(first(&["--yarn-truncate"]), first(&[]));
 }
 
 #[test]

@@ -4,11 +4,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics fails, which is what it should do")]
 
+mod chat;
 mod commands;
 mod gamma;
 mod generate;
 mod help;
+mod perplexity;
 mod refusals;
+mod small;
 #[path = "../gguf/write.rs"]
 mod write;
 
@@ -22,7 +25,7 @@ fn model(name: &str) -> String {
 
 /// The metadata of the model that runs without `-m`.
 fn bundled_metadata() -> Metadata {
-    parse(&std::fs::read(model("tiny-gpt2-q4_k_m.gguf")).unwrap()).unwrap().metadata
+    parse(&std::fs::read(model("tiny-gpt-oss-mxfp4.gguf")).unwrap()).unwrap().metadata
 }
 
 /// A file with the bundled model's vocabulary and no tensors.
@@ -36,7 +39,7 @@ fn vocabulary_only() -> File {
     File::new()
         .key("general.architecture", text("gpt2"))
         .key("tokenizer.ggml.model", text("gpt2"))
-        .key("tokenizer.ggml.pre", text("gpt-2"))
+        .key("tokenizer.ggml.pre", text("gpt-4o"))
         .key("tokenizer.ggml.tokens", texts("tokenizer.ggml.tokens"))
         .key("tokenizer.ggml.token_type", Val::Array(5, types.into_iter().map(Val::I32).collect()))
         .key("tokenizer.ggml.merges", texts("tokenizer.ggml.merges"))

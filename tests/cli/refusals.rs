@@ -115,8 +115,8 @@ fn control_characters_of_a_file_do_not_reach_the_terminal() {
 
 #[test]
 fn a_context_larger_than_the_model_s() {
-    let line = generate(&["-c", "513", "-p", "x"]).refused();
-    assert_eq!(line, "bundled model: a context of 513 tokens was asked for, the model has 1 to 512");
+    let line = generate(&["-c", "1025", "-p", "x"]).refused();
+    assert_eq!(line, "bundled model: a context of 1025 tokens was asked for, the model has 1 to 1024");
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn a_prompt_longer_than_the_context() {
     let line = generate(&["-c", "4", "-p", "1 2 3 4 5 6 7 8"]).refused();
     assert_eq!(line, format!("prompt: has {n_tokens} tokens, the context has room for 4; -c makes it larger"));
     let line = generate(&["-p", &"word ".repeat(2000)]).refused();
-    assert!(line.ends_with("tokens, the context has room for 512, all that the model was made for"), "{line}");
+    assert!(line.ends_with("tokens, the context has room for 1024, all that the model was made for"), "{line}");
 }
 
 #[test]
@@ -160,6 +160,12 @@ fn a_missing_prompt_file_and_a_missing_tokenizer() {
 fn specials_in_bytes_that_are_no_text() {
     let line = gamma_with_input(["tokenize", "--specials"], b"a\xff").refused();
     assert_eq!(line, "text: is not UTF-8, which --specials needs");
+}
+
+#[test]
+fn a_message_that_is_no_text() {
+    let run = gamma_with_input(["generate", "--device", "cpu", "--chat"], b"a\xff");
+    assert_eq!(run.refused(), "prompt: is not UTF-8, which --chat needs");
 }
 
 #[test]
@@ -225,6 +231,9 @@ fn wrong_usage() {
         (&["-f", "x"], "cannot be used with"),
         (&["--top-logprobs", "3"], "--json"),
         (&["-r", ""], "--reverse-prompt: '' would stop at once"),
+        (&["--chat", "--specials"], "cannot be used with"),
+        (&["--chat", "--reasoning", "hard"], "possible values: low, medium, high"),
+        (&["--system", "Be brief."], "--system and --reasoning are for --chat"),
         (&["stray"], "unexpected argument 'stray'"),
     ];
     for (flags, expected) in cases {

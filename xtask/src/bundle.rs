@@ -15,35 +15,51 @@ const MOST_BYTES: u64 = 60_000_000;
 
 const RUN: &str = include_str!("bundle.sh");
 
+/// What to gather: both together are larger than such a folder may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// Kernel and model tests, their models, and `gamma`.
+    Tests,
+    /// Benches.
+    Benches,
+}
+
 /// Builds what runs on a GPU in release and gathers it in `bundle/`, whose former contents go.
 ///
 /// # Errors
 ///
 /// - [`Error::Step`] or [`Error::Program`] if something does not build or cannot be stripped.
-/// - [`Error::Found`] if there is no test, or the folder is larger than 60 MB.
-pub fn make() -> Result<(), Error> {
+/// - [`Error::Found`] if there is no executable, or the folder is larger than 60 MB.
+pub fn make(what: Contents) -> Result<(), Error> {
     let folder = workspace::root().join("bundle");
     if folder.exists() {
         fs::remove_dir_all(&folder).map_err(at(&folder))?;
     }
-    let tests = executables("tests", "test --release --no-run --package gamma-tests --test kernels --test models")?;
-    if tests.is_empty() {
-        return Err(Error::Found("package gamma-tests has no test executable".into()));
+    let executables = match what {
+        Contents::Tests => {
+            let targets = "test --release --no-run --package gamma-tests --test kernels --test models";
+            let tests = executables("tests", targets)?;
+            copy_stripped(&tests, &folder.join("tests"))?;
+            copy_stripped(&executables("gamma", "build --release --bin gamma")?, &folder)?;
+            copy_models(&folder.join("models"))?;
+            tests
+        }
+        Contents::Benches => {
+            let benches = executables("benches", "bench --no-run --package gamma-benches --benches")?;
+            copy_stripped(&benches, &folder.join("benches"))?;
+            benches
+        }
+    };
+    if executables.is_empty() {
+        return Err(Error::Found("cargo named no executable".into()));
     }
-    copy_stripped(&tests, &folder.join("tests"))?;
-    copy_stripped(
-        &executables("benches", "bench --no-run --package gamma-benches --benches")?,
-        &folder.join("benches"),
-    )?;
-    copy_stripped(&executables("gamma", "build --release --bin gamma")?, &folder)?;
-    copy_models(&folder.join("models"))?;
     let script = folder.join("run.sh");
     fs::write(&script, RUN).map_err(at(&script))?;
     make_executable(&script)?;
 
     let bytes = size(&folder)?;
     let megabytes = bytes as f64 / 1e6;
-    println!("{}: {megabytes:.1} MB, {} test executables", folder.display(), tests.len());
+    println!("{}: {megabytes:.1} MB, {} executables", folder.display(), executables.len());
     if bytes > MOST_BYTES {
         let most = MOST_BYTES / 1_000_000;
         return Err(Error::Found(format!("{} has {megabytes:.1} MB; expected {most} at most", folder.display())));

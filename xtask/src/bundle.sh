@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests in this folder on this host's GPU, once for each PTX; with --bench, the benches after them.
+# Runs what this folder holds on this host's GPU: the tests, once for each PTX, or the benches.
 # Logs go to logs/ beside this file, or to the folder that $GAMMA_LOGS names.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,11 +32,9 @@ for ptx in sm_80 sm_90a; do
         [ -f "$test" ] && run "$ptx" "$(basename "$test")" "$test" --show-output
     done
 done
-if [ "${1:-}" = --bench ]; then
-    for bench in "$here"/benches/*; do
-        [ -f "$bench" ] && run sm_90a "bench-$(basename "$bench")" "$bench" --bench
-    done
-fi
+for bench in "$here"/benches/*; do
+    [ -f "$bench" ] && run sm_90a "bench-$(basename "$bench")" "$bench" --bench
+done
 
 echo
 echo "$table"

@@ -25,7 +25,7 @@ USAGE:
   cargo xtask run [-- ARGS]      setup, build gamma in release and run it with ARGS
   cargo xtask test [--quick]     setup, then everything that needs no GPU; --quick leaves out docs and ptxas
   cargo xtask audit [--bless]    assemble the PTX and compare it with docs/; --bless writes docs/ anew
-  cargo xtask bundle             gather tests, models and gamma in bundle/ for a GPU host without Rust
+  cargo xtask bundle [--benches] gather tests, models and gamma, or the benches, for a GPU host without Rust
 ";
 
 fn main() -> ExitCode {
@@ -48,7 +48,7 @@ enum Task {
     Run { arguments: Vec<OsString> },
     Test { quick: bool },
     Audit { bless: bool },
-    Bundle,
+    Bundle { what: bundle::Contents },
 }
 
 impl Task {
@@ -70,9 +70,9 @@ impl Task {
                 audit::interface(bless)?;
                 audit::assembled()?;
             }
-            Task::Bundle => {
+            Task::Bundle { what } => {
                 core_source::setup()?;
-                bundle::make()?;
+                bundle::make(what)?;
             }
         }
         Ok(ExitCode::SUCCESS)
@@ -87,7 +87,7 @@ fn parse(mut parser: Parser) -> Result<Task, lexopt::Error> {
             Some("run") => return run_arguments(parser).map(|arguments| Task::Run { arguments }),
             Some("test") => Task::Test { quick: false },
             Some("audit") => Task::Audit { bless: false },
-            Some("bundle") => Task::Bundle,
+            Some("bundle") => Task::Bundle { what: bundle::Contents::Tests },
             _ => return Err(format!("unknown task '{}'", name.display()).into()),
         },
         Some(argument) => return Err(argument.unexpected()),
@@ -97,6 +97,7 @@ fn parse(mut parser: Parser) -> Result<Task, lexopt::Error> {
             (Arg::Short('h') | Arg::Long("help"), _) => return Ok(Task::Help),
             (Arg::Long("quick"), Task::Test { quick }) => *quick = true,
             (Arg::Long("bless"), Task::Audit { bless }) => *bless = true,
+            (Arg::Long("benches"), Task::Bundle { what }) => *what = bundle::Contents::Benches,
             (argument, _) => return Err(argument.unexpected()),
         }
     }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use gpt_gamma::chat::Reasoning;
 use gpt_gamma::device::PtxBuild;
 use gpt_gamma::engine::{Gelu, KvType};
 use gpt_gamma::sampler::SamplerOptions;
@@ -37,6 +38,14 @@ pub enum Command {
     /// Stops where the model ends its text, at a reverse prompt, after -n tokens, or when the context is full. Ctrl-C
     /// ends the text early; a second one ends the program at once.
     Generate(Box<Generate>),
+    /// Talk with a model
+    ///
+    /// Reads a message per line from the terminal or standard input, and prints what the model answers as it is written.
+    /// Models whose vocabulary has the markers of harmony, such as gpt-oss, are talked to in that format, others by the
+    /// chat template in their file. Whatever a message says is text: it cannot contain control tokens.
+    ///
+    /// A line that begins with / is a command; /help lists them. Ctrl-C ends the answer; Ctrl-D ends the chat.
+    Chat(Box<Chat>),
     /// Print what is in a model file; needs no GPU
     ///
     /// Metadata, tensors, sizes by type, whether this engine can run it, and its tokenizer. Works on every GGUF file that
@@ -49,8 +58,15 @@ pub enum Command {
     Tokenize(Tokenize),
     /// Write the logits of every position of a text to a file
     ///
-    /// Writes a safetensors file with `tokens` (i32, [T]) and `logits` (f32, [T, V]): row t follows from tokens 0 to t.
+    /// Writes a safetensors file with `tokens` (i32, T) and `logits` (f32, T × V): row t follows from tokens 0 to t.
     Logits(Logits),
+    /// Measure how well a model predicts a text
+    ///
+    /// As llama-perplexity: the text's tokens are cut into windows of -c tokens, each is read from an empty context, and
+    /// the tokens of its second half are scored. What does not fill a window is left out. Prints `PPL = x +/- y`; y is
+    /// the standard error. Running values go to standard error.
+    #[command(mut_arg("ctx_size", |arg| arg.default_value("512").help("Tokens per window; 0 takes all that the model was made for")))]
+    Perplexity(Perplexity),
     /// Print how much memory a model takes, and whether it fits
     ///
     /// The same plan that is made before a model is loaded; nothing is loaded here, and no GPU is needed. Exits with 1 if
@@ -81,6 +97,15 @@ pub struct Generate {
     /// Leave the prompt out of the output
     #[arg(long)]
     pub no_display_prompt: bool,
+    /// Take the prompt as a message of a chat, and print the answer only
+    ///
+    /// What the model thinks goes to standard error if that is a terminal, or with --stats. With --json every token, the
+    /// one that ends the answer included, tells its `channel`, null outside of messages, and `text` leaves out what only
+    /// marks messages. Text that is left when no more tokens come is {"type":"rest","text","channel"}.
+    #[arg(long, conflicts_with_all = ["specials", "reverse_prompt"], help_heading = "Chat")]
+    pub chat: bool,
+    #[command(flatten)]
+    pub instructions: ChatArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
     #[command(flatten)]
@@ -106,6 +131,60 @@ pub struct Generate {
 }
 
 #[derive(Debug, Args)]
+pub struct Chat {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens to generate per answer; -1 goes on until it ends or the context is full
+    #[arg(short, long, help_heading = "Chat", value_name = "N", default_value = "-1", value_parser = minus_one_or::<usize>, allow_negative_numbers = true)]
+    pub n_predict: OrMinusOne<usize>,
+    #[command(flatten)]
+    pub instructions: ChatArgs,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Do not print what the model thinks
+    #[arg(long, help_heading = "Output", conflicts_with = "raw")]
+    pub hide_analysis: bool,
+    /// Print all tokens as they are, control tokens included
+    #[arg(long, help_heading = "Output")]
+    pub raw: bool,
+    /// Print memory plan, and speed after every answer, to standard error
+    #[arg(short = 'v', long, visible_alias = "verbose", help_heading = "Output")]
+    pub stats: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Chat")]
+pub struct ChatArgs {
+    /// Instructions to the model, before the first message
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub system: Option<String>,
+    /// How long the model is to think, if it can
+    #[arg(long, value_name = "EFFORT", default_value = "medium")]
+    pub reasoning: Effort,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Effort {
+    Low,
+    Medium,
+    High,
+}
+
+impl From<Effort> for Reasoning {
+    fn from(effort: Effort) -> Self {
+        match effort {
+            Effort::Low => Self::Low,
+            Effort::Medium => Self::Medium,
+            Effort::High => Self::High,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// GGUF file, or the first file of a split model [default: the bundled tiny gpt-oss]
@@ -121,7 +200,7 @@ pub struct ModelArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Text")]
 pub struct PromptArgs {
-    /// The text to continue [default: standard input, unless it is a terminal]
+    /// The text [default: standard input, unless it is a terminal]
     ///
     /// Taken as it is, without escapes; need not be UTF-8. An empty prompt starts from the model's beginning token.
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "file")]
@@ -275,6 +354,29 @@ pub struct Logits {
 }
 
 #[derive(Debug, Args)]
+pub struct Perplexity {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub prompt: PromptArgs,
+    /// Score the first K windows only; -1 scores all
+    #[arg(long, value_name = "K", default_value = "-1", value_parser = minus_one_or::<usize>, allow_negative_numbers = true)]
+    pub chunks: OrMinusOne<usize>,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Print one JSON object
+    ///
+    /// {"ppl","error","n_chunks","n_ctx","n_scored","running"}; `running` has the value after every window.
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+    /// Print memory plan and speed to standard error
+    #[arg(short = 'v', long, visible_alias = "verbose", help_heading = "Output")]
+    pub stats: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct Plan {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -347,7 +449,9 @@ impl CommandLine {
     fn check(&self) -> Result<(), clap::Error> {
         let (name, device) = match &self.command {
             Command::Generate(args) => ("generate", &args.device),
+            Command::Chat(args) => ("chat", &args.device),
             Command::Logits(args) => ("logits", &args.device),
+            Command::Perplexity(args) => ("perplexity", &args.device),
             Command::Plan(args) => ("plan", &args.device),
             Command::Inspect(_) | Command::Tokenize(_) | Command::Doctor(_) => return Ok(()),
         };
@@ -361,11 +465,26 @@ impl CommandLine {
             let text = format!("--device cpu runs in the emulator, so {flag} cannot be used with it");
             return Err(refuse(ErrorKind::ArgumentConflict, text));
         }
+        let sampling = match &self.command {
+            Command::Generate(args) => Some(&args.sampling),
+            Command::Chat(args) => Some(&args.sampling),
+            _ => None,
+        };
+        if let Some(sampling) = sampling {
+            let checked = sampling.options(0).validate();
+            checked.map_err(|error| refuse(ErrorKind::ValueValidation, error.to_string()))?;
+        }
+        if let Command::Perplexity(Perplexity { chunks: OrMinusOne(Some(0)), .. }) = &self.command {
+            return Err(refuse(
+                ErrorKind::ValueValidation,
+                "--chunks: '0' scores nothing; expected -1 or more than 0".to_owned(),
+            ));
+        }
         if let Command::Generate(args) = &self.command {
-            args.sampling
-                .options(0)
-                .validate()
-                .map_err(|error| refuse(ErrorKind::ValueValidation, error.to_string()))?;
+            if !args.chat && (args.instructions.system.is_some() || args.instructions.reasoning != Effort::Medium) {
+                let text = "--system and --reasoning are for --chat, which is missing".to_owned();
+                return Err(refuse(ErrorKind::MissingRequiredArgument, text));
+            }
             if args.reverse_prompt.iter().any(|text| text.is_empty()) {
                 let text = "--reverse-prompt: '' would stop at once; expected some text".to_owned();
                 return Err(refuse(ErrorKind::ValueValidation, text));

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use gpt_gamma::gguf::MetadataError;
-use gpt_gamma::{adapter, device, engine, model_file, sampler, tokenizer};
+use gpt_gamma::{adapter, chat, device, engine, model_file, sampler, tokenizer};
 
 /// Why a command failed. Wrong usage is not among it: that is clap's.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,18 @@ pub enum Error {
     NoTokens { path: PathBuf },
     #[error("{}", path.display())]
     Safetensors { path: PathBuf, source: safetensors::SafeTensorError },
+    #[error("{file}: has neither the markers of harmony nor a chat template; `gamma generate` continues any text")]
+    NoChatFormat { file: String },
+    #[error("{file}")]
+    Template { file: String, source: chat::TemplateError },
+    #[error("prompt: is not UTF-8, which --chat needs")]
+    MessageNotUtf8,
+    #[error("a window of {n_ctx} tokens leaves fewer than 2 to score; use -c 5 or more")]
+    WindowTooSmall { n_ctx: usize },
+    #[error("text: has {found} tokens, fewer than the {expected} of one window; use a longer text or a smaller -c")]
+    TextTooShort { found: usize, expected: usize },
+    #[error("terminal")]
+    Terminal(#[source] rustyline::error::ReadlineError),
     #[error("standard input")]
     Input(#[source] io::Error),
     #[error("standard output")]

@@ -1,28 +1,34 @@
 //! `gamma generate`: a prompt and what follows from it.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write, stderr, stdout};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use gpt_gamma::engine::Engine;
-use gpt_gamma::sampler::{Sampled, Sampler, SamplerOptions};
+use gpt_gamma::chat::{Channel, Event, Message};
+use gpt_gamma::sampler::Sampled;
 use gpt_gamma::tokenizer::StreamDecoder;
 use serde::Serialize;
+use serde_json::json;
 
 use super::args::Generate;
+use super::chooser::{Chooser, Interrupts};
+use super::dialogue::{Answer, Conversation, Dialogue, Format, Reason};
 use super::error::Error;
 use super::model::{self, Model};
+use super::screen::Screen;
 use super::{Out, note, session};
 
 /// Runs the command.
 pub fn run(args: &Generate) -> Result<(), Error> {
+    if args.chat {
+        return chat(args);
+    }
     let prompt = model::prompt(&args.prompt)?;
     let model = Model::open(&args.model, &args.engine)?;
     let tokens = model.prompt_tokens(&prompt, args.prompt.specials)?;
     model.check_length(tokens.len())?;
-    let mut chooser = Chooser::new(args, &model)?;
+    let mut chooser = Chooser::new(args.sampling.options(args.top_logprobs), args.json, &model)?;
     for &token in &tokens {
         chooser.sampler.accept(token)?;
     }
@@ -33,14 +39,15 @@ pub fn run(args: &Generate) -> Result<(), Error> {
 
     let mut printer = Printer::new(&model, args);
     printer.prompt(&tokens)?;
-    let interrupted = watch_interrupts()?;
+    let interrupts = Interrupts::watch()?;
+    interrupts.take();
     let start = Instant::now();
     let mut n_generated = 0;
     let reason = loop {
         if args.n_predict.0.is_some_and(|n| n_generated >= n) {
             break Reason::Length;
         }
-        if interrupted.load(Ordering::Relaxed) {
+        if interrupts.raised() {
             break Reason::Interrupt;
         }
         let chosen = chooser.choose(&mut engine, &model)?;
@@ -75,9 +82,7 @@ pub fn run(args: &Generate) -> Result<(), Error> {
     };
     printer.finish(&finish)?;
     if let Reason::Context = reason {
-        let (n_ctx, most) = (model.options.n_ctx, model.spec().n_ctx);
-        let advice = if n_ctx < most { format!("; -c allows up to {most}") } else { String::new() };
-        note(&format!("context of {n_ctx} tokens is full: stopped after {n_generated} new tokens{advice}"));
+        note(&model.context_full(&format!("stopped after {n_generated} new tokens")));
     }
     if stats {
         finish.print();
@@ -85,60 +90,142 @@ pub fn run(args: &Generate) -> Result<(), Error> {
     Ok(())
 }
 
-/// Why generation ended.
-#[derive(Clone, Copy)]
-enum Reason {
-    Stop { token: u32 },
-    Length,
-    Context,
-    ReversePrompt,
-    Interrupt,
+/// Has the prompt answered as the first message of a chat.
+fn chat(args: &Generate) -> Result<(), Error> {
+    let text = String::from_utf8(model::prompt(&args.prompt)?).map_err(|_| Error::MessageNotUtf8)?;
+    let model = Model::open(&args.model, &args.engine)?;
+    let format = Format::of(&model)?;
+    let conversation = Conversation {
+        system: args.instructions.system.clone(),
+        reasoning: args.instructions.reasoning.into(),
+        messages: vec![Message::user(text)],
+    };
+    let prompt = format.render(&model, &conversation)?;
+    model.check_length(prompt.len())?;
+
+    let sampling = args.sampling.options(args.top_logprobs);
+    // What is wrong with it is told before the model is loaded.
+    Chooser::new(sampling.clone(), args.json, &model)?;
+
+    let stats = session::talks(args.stats);
+    let engine = session::load(&model, &args.device, stats)?;
+    let dialogue = Dialogue::new(&model, &format, engine, Interrupts::watch()?, args.n_predict.0);
+    let mut dialogue = dialogue.sampling(sampling, args.json);
+    let mut out = Out::new();
+    let mut asides = Screen::new(stderr(), stderr().is_terminal(), |header| !header.is_answer());
+    let mut open = Open::default();
+    let answer = dialogue.answer(&prompt, &mut |step| {
+        let text = open.read(step.events);
+        match step.chosen {
+            // The token that ends the answer, too: text that might have been a header may come with it.
+            Some(chosen) if args.json => {
+                let failed = |source| Error::Tokenizer { file: model::name(&model.file), source };
+                let bytes = model.tokenizer.token_bytes(chosen.id).map_err(failed)?;
+                out.json(&ChatLine { token: TokenLine::new(chosen, bytes, &text.all), channel: text.channel })?;
+            }
+            None if args.json && !text.all.is_empty() => {
+                let rest = String::from_utf8_lossy(&text.all);
+                out.json(&json!({"type": "rest", "text": rest, "channel": text.channel}))?;
+            }
+            None if args.json => {}
+            _ => out.write(&text.answer)?,
+        }
+        out.flush()?;
+        if stats && !args.json {
+            // Standard error may be closed; the answer is what counts.
+            let _ = step.events.iter().try_for_each(|event| asides.event(event));
+        }
+        Ok(())
+    })?;
+    let _ = asides.end_line();
+    if args.json {
+        out.json(&answer.finish())?;
+    } else if stdout().is_terminal() {
+        out.write(b"\n")?;
+    }
+    out.flush()?;
+    if answer.reason == Reason::Context {
+        note(&model.context_full(&format!("stopped after {} new tokens", answer.n_generated)));
+    }
+    if stats {
+        answer.print();
+    }
+    Ok(())
 }
 
-impl Reason {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Stop { .. } => "stop",
-            Self::Length => "length",
-            Self::Context => "context",
-            Self::ReversePrompt => "reverse-prompt",
-            Self::Interrupt => "interrupt",
+/// The message that a chat's answer is in the middle of.
+#[derive(Default)]
+struct Open {
+    /// Its channel, the final one if it has none; no message, no channel.
+    channel: Option<Channel>,
+    is_answer: bool,
+}
+
+/// What a token adds to the messages.
+struct Added {
+    channel: Option<String>,
+    /// Of any message.
+    all: Vec<u8>,
+    /// Of messages for the user.
+    answer: Vec<u8>,
+}
+
+impl Open {
+    fn read(&mut self, events: &[Event]) -> Added {
+        let (mut channel, mut all, mut answer) = (None, Vec::new(), Vec::new());
+        for event in events {
+            match event {
+                Event::MessageStart(header) => {
+                    self.is_answer = header.is_answer();
+                    let named = header.channel.clone();
+                    self.channel = named.or(self.is_answer.then_some(Channel::Final));
+                }
+                Event::Text(bytes) => {
+                    channel = self.channel.clone();
+                    all.extend_from_slice(bytes);
+                    if self.is_answer {
+                        answer.extend_from_slice(bytes);
+                    }
+                }
+                Event::MessageEnd => self.channel = None,
+                Event::Stop(_) => {}
+            }
+        }
+        // A token that completes no character belongs to the message, too.
+        let channel = channel.as_ref().or(self.channel.as_ref()).map(|channel| channel.name().to_owned());
+        Added { channel, all, answer }
+    }
+}
+
+/// A line of JSON for a token of a chat.
+#[derive(Serialize)]
+struct ChatLine<'a> {
+    #[serde(flatten)]
+    token: TokenLine<'a>,
+    channel: Option<String>,
+}
+
+impl Answer {
+    fn finish(&self) -> Finish {
+        Finish {
+            kind: "finish",
+            reason: self.reason.name(),
+            stop_id: if let Reason::Stop { token } = self.reason { Some(token) } else { None },
+            n_prompt: self.n_prompt,
+            n_generated: self.n_generated,
+            prefill_tokens_per_s: session::rate(self.n_prompt - self.n_reused, self.prefill_seconds),
+            decode_tokens_per_s: session::rate(self.n_generated, self.decode_seconds),
+            seed: self.seed,
         }
     }
-}
 
-/// Chooses tokens: on the device where the likeliest is all that is wanted, else from the logits.
-struct Chooser {
-    sampler: Sampler,
-    on_device: bool,
-}
-
-impl Chooser {
-    fn new(args: &Generate, model: &Model) -> Result<Self, Error> {
-        let mut options = args.sampling.options(args.top_logprobs);
-        // Ids that the model has and its tokenizer does not mean nothing, so they cannot be chosen.
-        let (known, all) = (model.tokenizer.n_vocab(), model.spec().n_vocab);
-        options.logit_bias.extend((known..all).map(|id| (id as u32, f32::NEG_INFINITY)));
-        let on_device = is_plain_greedy(&options) && !args.json;
-        Ok(Self { sampler: Sampler::new(options, all, model.tokenizer.eog_ids())?, on_device })
-    }
-
-    fn choose(&mut self, engine: &mut Engine, model: &Model) -> Result<Sampled, Error> {
-        if self.on_device {
-            let id = engine.greedy().map_err(|error| model.engine_error(error))?;
-            // Nobody asked for the probability.
-            return Ok(Sampled { id, logprob: f32::NAN, top: Vec::new() });
+    /// Prints speeds to standard error.
+    pub fn print(&self) {
+        if self.n_reused > 0 {
+            let _ = writeln!(stderr(), "reused     {} tokens of the conversation", self.n_reused);
         }
-        let logits = engine.logits().map_err(|error| model.engine_error(error))?;
-        Ok(self.sampler.sample(&logits)?)
+        self.finish().print();
     }
-}
-
-/// Whether `options` come down to the largest logit as the model made it.
-fn is_plain_greedy(options: &SamplerOptions) -> bool {
-    let penalizes =
-        options.repeat_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0;
-    options.temp == 0.0 && !penalizes && options.logit_bias.is_empty() && !options.ignore_eos
 }
 
 /// Writes what is generated, as text or as JSON, and looks out for reverse prompts.
@@ -160,7 +247,7 @@ struct TokenLine<'a> {
     kind: &'static str,
     id: u32,
     bytes: &'a [u8],
-    text: &'a str,
+    text: Cow<'a, str>,
     logprob: f32,
     top: Vec<Alternative>,
 }
@@ -169,6 +256,15 @@ struct TokenLine<'a> {
 struct Alternative {
     id: u32,
     logprob: f32,
+}
+
+impl<'a> TokenLine<'a> {
+    /// `certain` is the text that became certain with the token.
+    fn new(chosen: &Sampled, bytes: &'a [u8], certain: &'a [u8]) -> Self {
+        let top = chosen.top.iter().map(|&(id, logprob)| Alternative { id, logprob }).collect();
+        let text = String::from_utf8_lossy(certain);
+        Self { kind: "token", id: chosen.id, bytes, text, logprob: chosen.logprob, top }
+    }
 }
 
 impl<'a> Printer<'a> {
@@ -207,9 +303,7 @@ impl<'a> Printer<'a> {
         let bytes = self.model.tokenizer.token_bytes(chosen.id).map_err(&failed)?;
         let certain = self.decoder.push(chosen.id).map_err(&failed)?;
         if self.json {
-            let top = chosen.top.iter().map(|&(id, logprob)| Alternative { id, logprob }).collect();
-            let text = &String::from_utf8_lossy(certain);
-            self.out.json(&TokenLine { kind: "token", id: chosen.id, bytes, text, logprob: chosen.logprob, top })?;
+            self.out.json(&TokenLine::new(chosen, bytes, certain))?;
         } else {
             self.out.write(certain)?;
         }
@@ -268,19 +362,4 @@ impl Finish {
         let _ = writeln!(err, "generated  {} tokens, {}", self.n_generated, speed(self.decode_tokens_per_s));
         let _ = writeln!(err, "ended by   {}; seed {}", self.reason, self.seed);
     }
-}
-
-/// A flag that the first Ctrl-C from here on sets. The second ends the process.
-fn watch_interrupts() -> Result<Arc<AtomicBool>, Error> {
-    /// What shells report for a process that SIGINT killed.
-    const KILLED_BY_SIGINT: i32 = 130;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(KILLED_BY_SIGINT);
-        }
-    })
-    .map_err(Error::Interrupt)?;
-    Ok(interrupted)
 }

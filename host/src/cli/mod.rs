@@ -4,13 +4,18 @@
 //! closed standard output is 0.
 
 mod args;
+mod chat;
+mod chooser;
+mod dialogue;
 mod doctor;
 mod error;
 mod generate;
 mod inspect;
 mod logits;
 mod model;
+mod perplexity;
 mod plan;
+mod screen;
 mod session;
 mod tokenize;
 
@@ -34,9 +39,11 @@ pub fn main() -> ExitCode {
     };
     let result = match &line.command {
         Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Doctor(args) => doctor::run(args),
     };

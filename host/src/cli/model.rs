@@ -149,6 +149,13 @@ impl Model {
         if tokens.is_empty() { Err(Error::EmptyPrompt) } else { Ok(tokens) }
     }
 
+    /// What to say when the context is full; `then` is what that led to.
+    pub fn context_full(&self, then: &str) -> String {
+        let (n_ctx, most) = (self.options.n_ctx, self.spec().n_ctx);
+        let advice = if n_ctx < most { format!("; -c allows up to {most}") } else { String::new() };
+        format!("context of {n_ctx} tokens is full: {then}{advice}")
+    }
+
     /// Refuses more tokens than the context holds, before anything is loaded.
     pub fn check_length(&self, n_tokens: usize) -> Result<(), Error> {
         let (n_ctx, most) = (self.options.n_ctx, self.spec().n_ctx);
