@@ -340,6 +340,8 @@ const ARGMAX: f64 = 0.0;
 struct Likeliest {
     logits: Vec<f32>,
     on_device: Rotating<f32>,
+    best_logits: Rotating<f32>,
+    best_ids: Rotating<u32>,
     token: Rotating<u32>,
     state: Rotating<u32>,
 }
@@ -350,6 +352,8 @@ fn bench_argmax(suite: &mut Suite, n_vocab: usize) {
         let (logits, n_turns) = (uniform(1, n_vocab, -10.0, 10.0), gpu.n_turns(n_bytes));
         Likeliest {
             on_device: Rotating::copies(gpu, n_turns, &logits),
+            best_logits: Rotating::poisoned(gpu, n_turns, ops::ARGMAX_PARTS),
+            best_ids: Rotating::poisoned(gpu, n_turns, ops::ARGMAX_PARTS),
             token: Rotating::poisoned(gpu, n_turns, 1),
             state: Rotating::copies(gpu, n_turns, &[7]),
             logits,
@@ -363,7 +367,8 @@ impl Case for Likeliest {
     }
 
     fn launch(&self, launcher: &dyn Launcher, turn: usize) -> Result<(), LaunchError> {
-        ops::argmax(launcher, self.token.at(turn), self.state.at(turn), self.on_device.at(turn), 1)
+        let best = (self.best_logits.at(turn), self.best_ids.at(turn));
+        ops::argmax(launcher, self.token.at(turn), self.state.at(turn), self.on_device.at(turn), best, 1)
     }
 
     /// 0 if the token is the likeliest and the position moved by one, else 1.

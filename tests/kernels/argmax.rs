@@ -1,10 +1,20 @@
 use gamma_tests::{devices, uniform};
-use kernels::argmax::{NOT_A_NUMBER, argmax, launch};
+use kernels::argmax::{NOT_A_NUMBER, PARTS, argmax, argmax_parts, launch, launch_parts};
 
 #[test]
 fn finds_the_largest_wherever_it_is() {
-    // Alone, in the first and last place of a stride of the block, one off it, and in GPT-2's vocabulary.
-    for (n, at) in [(1, 0), (1024, 0), (1024, 1023), (1025, 1024), (2048, 1500), (50_257, 50_256), (50_257, 31)] {
+    // Alone, fewer than parts, first and last of a part, one off a part, one off a stride of a block, GPT-2's vocabulary.
+    for (n, at) in [
+        (1, 0),
+        (100, 99),
+        (1024, 0),
+        (1024, 7),
+        (1024, 1023),
+        (1025, 1024),
+        (40_000, 569),
+        (50_257, 50_256),
+        (50_257, 31),
+    ] {
         let mut logits = uniform(n as u64, n, -4.0, 4.0);
         logits[at] = 4.5;
         check(&logits, at as u32);
@@ -41,8 +51,14 @@ fn a_nan_anywhere_is_reported_and_not_lost() {
 fn check(logits: &[f32], expected: u32) {
     for device in devices() {
         let (token, state, logits) = (device.poisoned::<u32>(1), device.upload(&[41_u32]), device.upload(logits));
-        // SAFETY: shapes as the kernel's comment says.
-        unsafe { argmax::run(device.launcher(), launch(), token.slice(), state.slice(), logits.slice(), 3).unwrap() };
+        let best = (device.poisoned::<f32>(PARTS as usize), device.poisoned::<u32>(PARTS as usize));
+        let (best_logits, best_ids) = (best.0.slice(), best.1.slice());
+        // SAFETY: shapes as the kernels' comments say.
+        unsafe {
+            argmax_parts::run(device.launcher(), launch_parts(), best_logits, best_ids, logits.slice()).unwrap();
+            let (launcher, launch) = (device.launcher(), launch());
+            argmax::run(launcher, launch, token.slice(), state.slice(), best_logits, best_ids, 3).unwrap();
+        }
         assert_eq!(token.to_vec().unwrap(), [expected]);
         assert_eq!(state.to_vec().unwrap(), [44]);
     }

@@ -2,7 +2,7 @@ use gamma_tests::{assert_close, devices, uniform};
 use kernels::layer_norm::{launch, layer_norm};
 
 #[test]
-fn last_block_partly_empty() {
+fn every_row_by_itself() {
     check(9, 64, 0.0);
 }
 
@@ -14,6 +14,12 @@ fn one_stride_of_the_warp() {
 #[test]
 fn columns_not_a_multiple_of_the_warp() {
     check(1, 77, 0.0);
+}
+
+#[test]
+fn columns_one_off_the_block() {
+    check(2, 255, 0.0);
+    check(2, 257, 0.0);
 }
 
 #[test]

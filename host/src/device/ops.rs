@@ -460,20 +460,35 @@ pub fn experts(
     }
 }
 
+/// Candidates that [`argmax`] needs room for.
+pub const ARGMAX_PARTS: usize = argmax_kernel::PARTS as usize;
+
 /// The id of the largest logit into `token[0]`, and `state[0] += n_tokens`.
 ///
 /// # Errors
 ///
-/// Those of the launch.
+/// Those of the launches.
 pub fn argmax(
     launcher: &dyn Launcher,
     token: View<u32>,
     state: View<u32>,
     logits: View<f32>,
+    best: (View<f32>, View<u32>),
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
     assert!(!token.is_empty() && !state.is_empty(), "lengths");
-    let (launch, n) = (argmax_kernel::launch(), n_tokens as u32);
+    assert_eq!((best.0.len(), best.1.len()), (ARGMAX_PARTS, ARGMAX_PARTS), "candidates");
+    let (best_logits, best_ids) = (best.0.slice(), best.1.slice());
+    let (token, state, launch) = (token.slice(), state.slice(), argmax_kernel::launch());
     // SAFETY: as in `embed`.
-    unsafe { argmax_kernel::argmax::run(launcher, launch, token.slice(), state.slice(), logits.slice(), n) }
+    unsafe {
+        argmax_kernel::argmax_parts::run(
+            launcher,
+            argmax_kernel::launch_parts(),
+            best_logits,
+            best_ids,
+            logits.slice(),
+        )?;
+        argmax_kernel::argmax::run(launcher, launch, token, state, best_logits, best_ids, n_tokens as u32)
+    }
 }

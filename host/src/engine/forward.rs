@@ -61,6 +61,9 @@ struct Workspace {
     inner: Buffer<f32>,
     logits: Buffer<f32>,
     partial: Buffer<f32>,
+    /// Candidates of argmax.
+    best_logits: Buffer<f32>,
+    best_ids: Buffer<u32>,
     /// For mixtures of experts, as `WorkspaceSizes` says.
     router_logits: Buffer<f32>,
     expert_ids: Buffer<u32>,
@@ -115,6 +118,8 @@ pub(super) fn new(
         inner: Buffer::new(&device, sizes.inner)?,
         logits: Buffer::new(&device, sizes.logits)?,
         partial: Buffer::new(&device, sizes.partial)?,
+        best_logits: Buffer::new(&device, ops::ARGMAX_PARTS)?,
+        best_ids: Buffer::new(&device, ops::ARGMAX_PARTS)?,
         router_logits: Buffer::new(&device, sizes.router_logits)?,
         expert_ids: Buffer::new(&device, sizes.pairs)?,
         expert_weights: Buffer::new(&device, sizes.pairs)?,
@@ -175,7 +180,8 @@ impl Model {
     /// The likeliest token into `work.tokens[0]`, and the position moved on.
     fn choose(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
         let (token, state) = (self.work.tokens.view().part(0..1), self.work.state.view());
-        ops::argmax(launcher, token, state, self.work.logits.view(), n_tokens)
+        let best = (self.work.best_logits.view(), self.work.best_ids.view());
+        ops::argmax(launcher, token, state, self.work.logits.view(), best, n_tokens)
     }
 
     fn norm(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, norm: &NormSpec) -> Result<(), LaunchError> {
