@@ -38,10 +38,10 @@ pub fn tanh_form(x: f32) -> f32 {
     0.5 * x * (1.0 + Float::tanh(SQRT_2_OVER_PI * x * (1.0 + 0.044_715 * x * x)))
 }
 
-/// Applies the exact GELU to each element of `x`, in place.
+/// Applies the exact GELU to each element of `x`.
 ///
-/// - Math: `x[i] ← x[i] · Φ(x[i])` with [`erf`]'s absolute error of 1.5e-7 in Φ.
-/// - Shapes: `x`: any. A copy goes to `out`, of the same length; both may be the same memory.
+/// - Math: `out[i] = x[i] · Φ(x[i])`; [`erf`] is within 1.5e-7.
+/// - Shapes: `out`, `x`: any, of the same length; both may be the same memory.
 /// - Launch: [`launch`]`(n_elements)`, a thread an element.
 /// - Shared memory: none, and no barrier.
 /// - Cost: memory bound, 8 bytes an element.

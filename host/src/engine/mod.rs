@@ -68,7 +68,8 @@ impl Options {
     }
 }
 
-/// Why a model was not loaded, or a step not computed. After any of them the engine is as it was before the call.
+/// Why a model was not loaded, or a step not computed. After any of them the sequence is as it was before the
+/// call; where the device failed, its logits are gone.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the message documents the variant")]
 pub enum Error {
