@@ -23,7 +23,9 @@ use syn::{Error, Expr, FnArg, GenericArgument, ItemFn, Pat, PathArguments, Retur
 ///   slice, and `scale::ENTRY`, the interface as data.
 ///
 /// `threads` is the most threads a block may have; `blocks_per_sm` (default 1), how many such blocks an SM must hold. Both
-/// are constants. The function is `unsafe`, returns nothing and has no generics.
+/// are constants. `dynamic_shared` (default 0) is the bytes of its `dynamic_shared_array!`. A kernel marked `waits` calls
+/// `grid::wait` itself; others wait first of all, so that any may be launched early. The function is `unsafe`, returns
+/// nothing and has no generics.
 #[proc_macro_attribute]
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
     let bounds = syn::parse_macro_input!(attribute as Bounds);
@@ -34,18 +36,31 @@ pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
 struct Bounds {
     threads: Expr,
     blocks_per_sm: Expr,
+    dynamic_shared: Expr,
+    waits: bool,
 }
 
 impl Parse for Bounds {
     fn parse(input: ParseStream) -> syn::Result<Self> {
-        let (mut threads, mut blocks_per_sm) = (None, None);
+        let (mut threads, mut blocks_per_sm, mut dynamic_shared, mut waits) = (None, None, None, false);
         while !input.is_empty() {
             let name: Ident = input.parse()?;
+            if name == "waits" {
+                waits = true;
+                if !input.is_empty() {
+                    input.parse::<Token![,]>()?;
+                }
+                continue;
+            }
             input.parse::<Token![=]>()?;
             let bound = match name.to_string().as_str() {
                 "threads" => &mut threads,
                 "blocks_per_sm" => &mut blocks_per_sm,
-                _ => return Err(Error::new(name.span(), "expected `threads` or `blocks_per_sm`")),
+                "dynamic_shared" => &mut dynamic_shared,
+                _ => {
+                    let expected = "expected `threads`, `blocks_per_sm`, `dynamic_shared` or `waits`";
+                    return Err(Error::new(name.span(), expected));
+                }
             };
             if bound.replace(input.parse()?).is_some() {
                 return Err(Error::new(name.span(), "this bound stands twice"));
@@ -56,7 +71,12 @@ impl Parse for Bounds {
         }
         let threads = threads
             .ok_or_else(|| Error::new(Span::call_site(), "a kernel needs its bound: `#[kernel(threads = 256)]`"))?;
-        Ok(Self { threads, blocks_per_sm: blocks_per_sm.unwrap_or_else(|| syn::parse_quote!(1)) })
+        Ok(Self {
+            threads,
+            blocks_per_sm: blocks_per_sm.unwrap_or_else(|| syn::parse_quote!(1)),
+            dynamic_shared: dynamic_shared.unwrap_or_else(|| syn::parse_quote!(0)),
+            waits,
+        })
     }
 }
 
@@ -81,7 +101,8 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
     }
 
     let (name, visibility) = (&signature.ident, &function.vis);
-    let (threads, blocks_per_sm) = (&bounds.threads, &bounds.blocks_per_sm);
+    let Bounds { threads, blocks_per_sm, dynamic_shared, waits } = bounds;
+    let wait = if *waits { quote!() } else { quote!(::cuda_std::grid::wait();) };
     let conditional = function.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg"));
     let conditional: Vec<_> = conditional.collect();
 
@@ -138,8 +159,12 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
             );
             #[unsafe(export_name = #text)]
             unsafe extern "ptx-kernel" fn entry(#(#flat),*) {
-                // SAFETY: the launch contract is the kernel's own.
-                unsafe { super::#name(#(#from_flat),*) }
+                ::cuda_std::grid::launch_dependents();
+                // SAFETY: every thread is here; the launch contract is the kernel's own.
+                unsafe {
+                    #wait
+                    super::#name(#(#from_flat),*)
+                }
             }
         }
 
@@ -162,6 +187,8 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
                     threads
                 },
                 blocks_per_sm: #blocks_per_sm,
+                dynamic_shared: (#dynamic_shared) as u32,
+                waits: #waits,
                 emulate: Self::emulate,
             };
 

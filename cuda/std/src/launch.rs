@@ -39,6 +39,10 @@ pub struct Entry {
     pub threads: u32,
     /// How many such blocks an SM is to hold (`.minnctapersm`).
     pub blocks_per_sm: u32,
+    /// Bytes of `dynamic_shared_array!` that each launch gives a block.
+    pub dynamic_shared: u32,
+    /// Whether it calls [`grid::wait`](crate::grid::wait) itself, instead of first of all.
+    pub waits: bool,
     /// The same body for the emulator. Called once per thread, inside its coroutine.
     #[doc(hidden)]
     pub emulate: unsafe fn(&[emulator::Argument]),

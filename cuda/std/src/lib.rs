@@ -7,6 +7,7 @@
 //! - [`thread`], [`warp`]: who am I; barriers, shuffles, votes, reductions.
 //! - [`Global`], [`Disjoint`], [`Atomics`]: device memory behind a kernel parameter; [`Shared`], [`shared_array!`]: a
 //!   block's own memory; [`cp_async`]: copies between the two that overlap with arithmetic.
+//! - [`grid`]: starting early, and the last block of a grid.
 //! - [`mma`]: tensor cores; [`f16`](struct@f16), [`Float`]: numbers.
 //! - [`kernel`], [`Entry`], [`Launch`]: one signature for PTX entry, emulated twin and typed launcher.
 //!
@@ -31,6 +32,7 @@ mod element;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 mod float;
+pub mod grid;
 #[cfg(not(target_arch = "nvptx64"))]
 mod launch;
 mod memory;
@@ -61,7 +63,7 @@ pub mod internal {
     pub use core::arch::{asm, global_asm};
 
     #[cfg(not(target_arch = "nvptx64"))]
-    pub use crate::emulator::machine::shared_array;
+    pub use crate::emulator::machine::{dynamic_shared_array, shared_array};
     #[cfg(target_arch = "nvptx64")]
     pub use crate::shared::from_address;
 }

@@ -267,6 +267,18 @@ macro_rules! atomics {
 atomics!(u32, atomic_add_u32, atomic_max_u32);
 atomics!(u64, atomic_add_u64, atomic_max_u64);
 
+impl Atomics<u32> {
+    /// `atom.acq_rel.gpu.global.inc`: counts up, and from `last` on to 0; returns the value before. For
+    /// [`grid::is_last_block`](crate::grid::is_last_block).
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn arrive(&self, i: usize, last: u32) -> u32 {
+        let address = self.address(i);
+        // SAFETY: in bounds; all accesses to the parameter are atomic.
+        unsafe { machine::atomic_inc_u32(address, last) }
+    }
+}
+
 impl<T: Store> Atomics<T> {
     #[inline(always)]
     #[track_caller]

@@ -32,6 +32,12 @@ unsafe extern "unadjusted" {
     fn sqrt_rn(x: f32) -> f32;
     #[link_name = "llvm.nvvm.fma.rn.f"]
     fn fma_rn(a: f32, b: f32, c: f32) -> f32;
+    #[cfg(programmatic_launch)]
+    #[link_name = "llvm.nvvm.griddepcontrol.wait"]
+    fn griddepcontrol_wait();
+    #[cfg(programmatic_launch)]
+    #[link_name = "llvm.nvvm.griddepcontrol.launch.dependents"]
+    fn griddepcontrol_launch_dependents();
     #[link_name = "llvm.nvvm.read.ptx.sreg.laneid"]
     fn read_laneid() -> u32;
 }
@@ -70,6 +76,29 @@ pub fn grid_dim() -> [u32; 3] {
     // SAFETY: reads special registers.
     unsafe { [nvptx::_grid_dim_x() as u32, nvptx::_grid_dim_y() as u32, nvptx::_grid_dim_z() as u32] }
 }
+
+#[inline(always)]
+pub fn launch_dependents() {
+    // SAFETY: a hint.
+    #[cfg(programmatic_launch)]
+    unsafe {
+        griddepcontrol_launch_dependents()
+    }
+}
+
+/// # Safety
+/// [`crate::grid::wait`]'s.
+#[inline(always)]
+pub unsafe fn wait_for_grids() {
+    // SAFETY: the caller's promise.
+    #[cfg(programmatic_launch)]
+    unsafe {
+        griddepcontrol_wait()
+    }
+}
+
+#[inline(always)]
+pub fn acquired(_last: bool) {}
 
 #[inline(always)]
 pub fn lane_id() -> u32 {
@@ -388,6 +417,22 @@ macro_rules! atomic {
             before
         }
     };
+}
+
+/// # Safety
+/// `to` is valid, and everyone accesses it by atomics only.
+#[inline(always)]
+pub unsafe fn atomic_inc_u32(to: *mut u32, last: u32) -> u32 {
+    let before: u32;
+    // SAFETY: the caller's promise. The fences make the pattern cumulative: what the block's other threads wrote before its
+    // barrier is released, and what other blocks released is seen by them after the next.
+    unsafe {
+        asm!(
+            "fence.acq_rel.gpu; atom.relaxed.gpu.global.inc.u32 {}, [{}], {}; fence.acq_rel.gpu;",
+            out(reg32) before, in(reg64) to, in(reg32) last
+        );
+    }
+    before
 }
 
 atomic!(atomic_add_u32, u32, reg32, "add.u32");

@@ -53,6 +53,38 @@ macro_rules! shared_array {
     }};
 }
 
+/// The block's dynamic shared memory as `[TYPE; LEN]`: what goes beyond the 48 KiB that a kernel can declare statically.
+///
+/// `NAME` is unique in the kernel crate. A kernel has one such array at most, and says its bytes in
+/// `#[kernel(…, dynamic_shared = BYTES)]`; every such array starts at the same address, a multiple of 128 bytes. Together
+/// with static arrays at most 99 KiB run on every GPU from Ampere on, 227 KiB on Hopper.
+#[macro_export]
+macro_rules! dynamic_shared_array {
+    ($name:ident: [$type:ty; $len:expr]) => {{
+        #[cfg(target_arch = "nvptx64")]
+        {
+            mod $name {
+                $crate::internal::global_asm!(concat!(".extern .shared .align 128 .b8 ", stringify!($name), "[];"));
+            }
+            let address: u32;
+            // SAFETY: only names the symbol declared above.
+            #[allow(unused_unsafe, reason = "expands inside unsafe blocks too")]
+            unsafe {
+                $crate::internal::asm!(
+                    concat!("mov.u32 {}, ", stringify!($name), ";"),
+                    out(reg32) address,
+                    options(pure, nomem, nostack, preserves_flags)
+                )
+            };
+            $crate::internal::from_address::<$type>(address, $len)
+        }
+        #[cfg(not(target_arch = "nvptx64"))]
+        {
+            $crate::internal::dynamic_shared_array::<$type>($len)
+        }
+    }};
+}
+
 /// What [`shared_array!`](crate::shared_array) makes of a symbol's address.
 #[doc(hidden)]
 #[inline(always)]

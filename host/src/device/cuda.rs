@@ -1,6 +1,7 @@
 //! An NVIDIA GPU as a device.
 
 use std::collections::HashMap;
+use std::env;
 use std::ffi::c_void;
 use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +14,10 @@ use cuda_loader::cust::memory::{DevicePointer, cuda_free, cuda_malloc};
 use cuda_loader::cust::module::Module;
 use cuda_loader::cust::stream::{Stream, StreamFlags};
 use cuda_loader::graph::{CaptureMode, GraphExec, capture};
-use cuda_loader::{LaunchAttributes, PinnedBuffer, copy_to_device_async, copy_to_host_async, fill_async, launch_ex};
+use cuda_loader::{
+    LaunchAttributes, PinnedBuffer, copy_to_device_async, copy_to_host_async, fill_async, launch_ex,
+    set_max_dynamic_shared,
+};
 use cuda_std::{Arg, Entry, Launch, LaunchError, Launcher};
 use flate2::read::GzDecoder;
 
@@ -63,6 +67,10 @@ impl PtxBuild {
     }
 }
 
+/// Name of the environment variable that, set to anything but 0, launches each kernel after the one before has ended: no
+/// programmatic dependent launch. For finding out whether a kernel starts too early.
+pub const NO_PDL: &str = "GAMMA_NO_PDL";
+
 /// What to open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CudaOptions {
@@ -83,6 +91,8 @@ pub struct Cuda {
 }
 
 struct Inner {
+    /// Whether kernels may be launched before those ahead of them have ended.
+    programmatic: bool,
     // Dropped in this order: modules and the stream belong to the context.
     kernels: Kernels,
     stream: Stream,
@@ -151,6 +161,9 @@ impl Kernels {
         }
         let text = self.entries.get(entry.name).expect("the PTX and the host are built from the same kernels");
         let module = Arc::new(cuda_loader::module_from_ptx_with_log(&format!("{}{text}", self.preamble))?);
+        if entry.dynamic_shared > 0 {
+            set_max_dynamic_shared(&module.get_function(entry.name)?, entry.dynamic_shared)?;
+        }
         loaded.insert(entry.name, Arc::clone(&module));
         Ok(module)
     }
@@ -208,7 +221,8 @@ impl Cuda {
             CurrentContext::set_current(&context)?;
             let kernels = Kernels::of(ptx.text());
             let stream = Stream::new(StreamFlags::NON_BLOCKING, None)?;
-            Ok(Inner { kernels, stream, context, last_kernel: Mutex::new("none") })
+            let programmatic = ptx == PtxBuild::Sm90a && env::var_os(NO_PDL).is_none_or(|value| value == "0");
+            Ok(Inner { programmatic, kernels, stream, context, last_kernel: Mutex::new("none") })
         };
         let inner = Arc::new(load().map_err(failed("opening the context"))?);
         let name = format!("{name} ({} PTX)", ptx.name());
@@ -260,9 +274,15 @@ impl Launcher for Cuda {
             self.inner.enter()?;
             let module = self.inner.kernels.module(entry)?;
             let function = module.get_function(entry.name)?;
-            let (stream, attributes) = (&self.inner.stream, LaunchAttributes::default());
+            let stream = &self.inner.stream;
+            let attributes = LaunchAttributes {
+                programmatic_stream_serialization: self.inner.programmatic,
+                ..LaunchAttributes::default()
+            };
             // SAFETY: the values fit the entry's parameters, as the typed launcher made them; the rest is the caller's.
-            unsafe { launch_ex(&function, launch.grid, launch.block, 0, stream, &pointers, attributes) }
+            unsafe {
+                launch_ex(&function, launch.grid, launch.block, entry.dynamic_shared, stream, &pointers, attributes)
+            }
         };
         start().map_err(|error: cuda_loader::Error| launch_error(entry, &error))?;
         *self.inner.last_kernel.lock().expect("no panic under this lock") = entry.name;

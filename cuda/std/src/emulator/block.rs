@@ -69,6 +69,8 @@ pub(super) struct Lane {
     /// Operands of the operation it waits for, then results.
     pub payload: Cell<[u32; 10]>,
     pub copies: RefCell<Copies>,
+    /// Whether it has passed [`crate::grid::wait`].
+    pub waited: Cell<bool>,
 }
 
 /// `cp.async` copies under way.
@@ -90,6 +92,8 @@ pub(super) struct Block {
     pub launch: Launch,
     pub block_idx: [u32; 3],
     pub number: u32,
+    /// Whether it was the last of a grid to arrive: then it is ordered after the others.
+    pub acquired: Cell<bool>,
     pub linear: u32,
     pub barriers: Cell<u32>,
     /// `bar.warp.sync`s of each warp.
@@ -105,7 +109,7 @@ pub(super) struct Block {
 impl Block {
     pub fn stamp(&self, thread: u32) -> Stamp {
         Stamp {
-            launch: self.number,
+            launch: self.number + u32::from(self.acquired.get()),
             block: self.linear,
             thread,
             block_epoch: self.barriers.get(),
@@ -150,20 +154,22 @@ pub(super) fn run(
     let [grid_x, grid_y, _] = launch.grid.map(|n| n as usize);
     let block_idx = [linear % grid_x, linear / grid_x % grid_y, linear / grid_x / grid_y].map(|i| i as u32);
     let n_threads = launch.threads() as usize;
-    let mut arena = ARENAS.with_borrow_mut(Vec::pop).unwrap_or_else(|| vec![0; SHARED_BYTES / size_of::<u128>()]);
+    let mut arena = ARENAS.with_borrow_mut(Vec::pop).unwrap_or_default();
+    arena.resize((SHARED_BYTES + entry.dynamic_shared as usize).div_ceil(size_of::<u128>()), 0);
     let checked = order.is_some();
     let block = Block {
         entry,
         launch,
         block_idx,
         number,
+        acquired: Cell::new(false),
         linear: linear as u32,
         barriers: Cell::new(0),
         warp_syncs: vec![Cell::new(0); n_threads.div_ceil(WARP)],
         arena: arena.as_mut_ptr() as usize,
         arena_used: Cell::new(0),
         arrays: RefCell::new(Vec::new()),
-        shared_shadow: checked.then(|| Shadow::new(arena.as_ptr() as usize, SHARED_BYTES)),
+        shared_shadow: checked.then(|| Shadow::new(arena.as_ptr() as usize, arena.len() * size_of::<u128>())),
         fault: RefCell::new(None),
     };
     if checked {
@@ -198,6 +204,7 @@ impl<'a> Scheduler<'a> {
             at: Cell::new(None),
             payload: Cell::new([0; 10]),
             copies: RefCell::default(),
+            waited: Cell::new(false),
         };
         let lanes: Vec<Lane> = (0..n_threads as u32).map(lane).collect();
 
@@ -217,6 +224,7 @@ impl<'a> Scheduler<'a> {
             unsafe {
                 (*lane).yielder.set(yielder);
                 emulate(&*arguments);
+                machine::returned();
                 (*lane).wait.set(Wait::Done);
             }
         })

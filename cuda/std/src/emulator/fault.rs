@@ -43,6 +43,10 @@ pub enum FaultKind {
     PartialWarp { lanes: u32 },
     #[error("shared memory: {bytes} bytes are in use, {limit} is the limit")]
     SharedMemory { bytes: usize, limit: usize },
+    #[error("writes device memory before `grid::wait`, when the grid before may still run")]
+    WroteBeforeWait,
+    #[error("returns without `grid::wait`, so that later grids could not rely on earlier ones being done")]
+    NeverWaited,
     #[error("panicked: {message}")]
     Panicked { message: String },
 }

@@ -204,13 +204,48 @@ pub fn on_read(shadow: ShadowRef, base: usize, i: usize, size: usize, bytes: usi
 #[inline(always)]
 #[track_caller]
 pub fn on_write(shadow: ShadowRef, base: usize, i: usize, size: usize, bytes: usize, len: usize) {
+    after_wait();
     on_access(Access::Write, shadow, base, i, size, bytes, len);
 }
 
 #[inline(always)]
 #[track_caller]
 pub fn on_atomic(shadow: ShadowRef, base: usize, i: usize, size: usize, len: usize) {
+    after_wait();
     on_access(Access::Atomic, shadow, base, i, size, size, len);
+}
+
+/// A write of device memory: none before [`crate::grid::wait`].
+#[inline(always)]
+#[track_caller]
+fn after_wait() {
+    if block().entry.waits && !lane().waited.get() {
+        fault(FaultKind::WroteBeforeWait, Location::caller());
+    }
+}
+
+/// The running thread's kernel has returned.
+pub(super) fn returned() {
+    let lane = lane();
+    if block().entry.waits && !lane.waited.get() {
+        // Where it ended nobody knows: its last operation is named.
+        fault(FaultKind::NeverWaited, lane.at.get().unwrap_or(Location::caller()));
+    }
+}
+
+pub fn launch_dependents() {}
+
+/// # Safety
+/// None of its own.
+pub unsafe fn wait_for_grids() {
+    lane().waited.set(true);
+}
+
+/// The block knows what others released: its accesses are from here on as those of a later launch.
+pub fn acquired(last: bool) {
+    if last {
+        block().acquired.set(true);
+    }
 }
 
 #[inline(always)]
@@ -530,6 +565,18 @@ pub fn shared_array<T: Element>(key: *const u8, len: usize) -> Shared<T> {
     crate::shared::from_address(block.arena + offset, len)
 }
 
+/// What `dynamic_shared_array!` expands to: what the launch adds behind the static arrays.
+#[doc(hidden)]
+#[track_caller]
+pub fn dynamic_shared_array<T: Element>(len: usize) -> Shared<T> {
+    let block = block();
+    let (bytes, limit) = (len * size_of::<T>(), block.entry.dynamic_shared as usize);
+    if bytes > limit {
+        fault(FaultKind::SharedMemory { bytes, limit }, Location::caller());
+    }
+    crate::shared::from_address(block.arena + SHARED_BYTES, len)
+}
+
 #[inline(always)]
 #[track_caller]
 fn on_shared<T>(access: Access, base: SharedAddress, i: usize, bytes: usize, len: usize) -> usize {
@@ -648,6 +695,16 @@ pub fn cp_async_wait<const PENDING: u32>() {
         // SAFETY: `copy_async` checked it.
         unsafe { *(to as *mut [u32; 4]) = data };
     }
+}
+
+/// # Safety
+/// `to` is valid, and everyone accesses it by atomics only.
+pub unsafe fn atomic_inc_u32(to: *mut u32, last: u32) -> u32 {
+    use core::sync::atomic::{AtomicU32, Ordering};
+    let next = |before| Some(if before >= last { 0 } else { before + 1 });
+    // SAFETY: the caller's promise.
+    let count = unsafe { AtomicU32::from_ptr(to) };
+    count.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).expect("there is always a next")
 }
 
 macro_rules! atomic {

@@ -227,7 +227,7 @@ impl Launcher for Emulator {
         LaunchError::check(entry, launch)?;
         let mut held = Vec::new();
         let arguments = self.resolve(entry, args, &mut held)?;
-        let number = self.launches.fetch_add(1, Ordering::Relaxed) + 1;
+        let number = self.launches.fetch_add(2, Ordering::Relaxed) + 1;
         let n_blocks = launch.grid.iter().map(|&n| n as usize).product::<usize>();
 
         match self.mode {

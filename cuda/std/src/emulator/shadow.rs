@@ -10,7 +10,7 @@ pub(super) const GRAIN: usize = 2;
 /// Who makes an access, and when: barriers order accesses of one block, `bar.warp.sync` those of one warp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
-    /// The launch's number, from 1; accesses of different launches are ordered.
+    /// The launch's number, odd; one more for blocks that were the last to arrive. Accesses of different launches are ordered.
     pub launch: u32,
     pub block: u32,
     pub thread: u32,
