@@ -13,6 +13,7 @@
 
 pub mod argmax;
 pub mod attention;
+pub mod candidates;
 pub mod embed;
 pub mod experts;
 pub mod format;
@@ -29,6 +30,7 @@ pub mod swiglu;
 #[cfg(not(target_arch = "nvptx64"))]
 pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     argmax::ENTRIES,
+    candidates::ENTRIES,
     layer_norm::ENTRIES,
     gelu::ENTRIES,
     embed::ENTRIES,

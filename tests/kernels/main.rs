@@ -4,6 +4,7 @@
 
 mod argmax;
 mod attention;
+mod candidates;
 mod embed;
 mod experts;
 mod gelu;

@@ -9,7 +9,7 @@ use kernels::attention::{kv_append, prefill};
 use kernels::experts::{decode as one, prefill as many, sort};
 use kernels::format::WeightFormat;
 use kernels::{
-    argmax as argmax_kernel, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
+    argmax as argmax_kernel, candidates, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
     rms_norm as rms_norm_kernel, rope as rope_kernel, router,
 };
 
@@ -458,6 +458,29 @@ pub fn experts(
         many::run_down(second, launcher, y, down.0, down.1, h, pairs, tiles, e, f, d)?;
         many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
     }
+}
+
+/// Candidates that [`likeliest`] gives for so many logits.
+pub fn n_likeliest(n_vocab: usize) -> usize {
+    (candidates::n_parts(n_vocab as u32) * candidates::KEPT) as usize
+}
+
+/// The 64 largest of each part of the logits, and their ids.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn likeliest(
+    launcher: &dyn Launcher,
+    values: View<f32>,
+    ids: View<u32>,
+    logits: View<f32>,
+) -> Result<(), LaunchError> {
+    let n = n_likeliest(logits.len());
+    assert_eq!((values.len(), ids.len()), (n, n), "candidates");
+    let launch = candidates::launch(logits.len() as u32);
+    // SAFETY: as in `embed`.
+    unsafe { candidates::likeliest::run(launcher, launch, values.slice(), ids.slice(), logits.slice()) }
 }
 
 /// Candidates that [`argmax`] needs room for.
