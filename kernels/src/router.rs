@@ -41,7 +41,7 @@ pub const fn launch_logits(n_tokens: u32, n_expert: u32) -> Launch {
 
 /// An integer that orders logits: equal for both zeros, and largest for NaN, so that it is not lost. Never 0.
 #[inline(always)]
-fn order(logit: f32) -> u32 {
+pub(crate) fn order(logit: f32) -> u32 {
     let bits = (logit + 0.0).to_bits();
     if logit.is_nan() {
         u32::MAX

@@ -7,7 +7,7 @@ use gpt_gamma::gguf::TensorType;
 use gpt_gamma::weights::{Error, Packing};
 
 /// Rows and blocks of a row: one, one off eight and off sixteen, many.
-const SHAPES: [(usize, usize); 6] = [(1, 1), (3, 7), (2, 9), (5, 8), (1, 17), (9, 24)];
+const SHAPES: [(usize, usize); 7] = [(1, 1), (3, 7), (2, 9), (5, 8), (1, 17), (9, 24), (3, 90)];
 
 #[test]
 fn unpacking_undoes_repacking() {
@@ -60,6 +60,52 @@ fn rows_at_a_time_make_the_same_matrix() {
         }
         assert!(found == repacked(&packing, &source), "{ty}");
     }
+}
+
+#[test]
+fn words_of_mxfp4_hold_the_codes_of_two_fragments() {
+    // Five groups: a run of four and one of one. Element i of group k has code 2 k + i mod 16.
+    let packing = Packing::new(TensorType::MXFP4, 5 * 32, 1).unwrap();
+    let code = |group: usize, i: usize| ((2 * group + i) % 16) as u8;
+    let mut source = Vec::new();
+    for group in 0..5 {
+        source.push(100 + group as u8);
+        source.extend((0..16).map(|j| code(group, j) | code(group, 16 + j) << 4));
+    }
+    let packed = repacked(&packing, &source);
+    for group in 0..5 {
+        let (run, lane, width) = if group < 4 { (0, group, 4) } else { (64, 0, 1) };
+        for t in 0..4 {
+            let at = run + 4 * (t * width + lane);
+            let word = u32::from_le_bytes(packed[at..at + 4].try_into().unwrap());
+            // Sign and the other three bits of four codes, in each half.
+            let places = [(0, 15, 9), (8, 12, 6), (16, 14, 3), (24, 13, 0)];
+            let half = |h: usize| {
+                places.iter().fold(0, |half, &(first, sign, rest)| {
+                    let code = u32::from(code(group, first + 2 * t + h));
+                    half | code >> 3 << sign | (code & 7) << rest
+                })
+            };
+            assert_eq!(word, half(0) | half(1) << 16, "group {group}, word {t}");
+        }
+    }
+    assert_eq!(packed[128..133], [100, 101, 102, 103, 104]);
+}
+
+#[test]
+fn scales_of_mxfp4_that_are_no_number_are_refused() {
+    let packing = Packing::new(TensorType::MXFP4, 96, 4).unwrap();
+    let mut source = vec![0xff; 4 * 51];
+    for (i, block) in source.chunks_exact_mut(17).enumerate() {
+        block[0] = [0, 1, 254][i % 3];
+    }
+    assert_eq!(packing.check_rows(0, &source), Ok(()));
+    source[2 * 51 + 17] = 255;
+    assert_eq!(packing.check_rows(0, &source), Err(Error::NanScale { row: 2, block: 1 }));
+    assert_eq!(packing.check_rows(7, &source[2 * 51..]), Err(Error::NanScale { row: 7, block: 1 }));
+    // 255 is a number elsewhere.
+    let packing = Packing::new(TensorType::Q8_0, 96, 1).unwrap();
+    assert_eq!(packing.check_rows(0, &[255; 102]), Ok(()));
 }
 
 #[test]

@@ -200,14 +200,16 @@ impl<T: Store> Shared<T> {
         // SAFETY: the caller's promise.
         unsafe { machine::shared_store16::<T>(self.address, i, self.len, value) }
     }
+}
 
+impl<T: Element> Shared<T> {
     /// `cp.async.cg.shared.global 16`: copies 16 bytes from `source[j..]` to `self[i..]`, beside what follows; if not
     /// `valid`, writes zeros and reads nothing. See [`cp_async`](crate::cp_async) for when they arrive.
     ///
     /// # Safety
     ///
-    /// As [`write`](Self::write) for the destination until the copy was waited for; both addresses are multiples of 16;
-    /// if `valid`, the source is inside `source` and nobody writes it meanwhile.
+    /// No other thread reads or writes the destination until the copy was waited for and a barrier passed; both addresses
+    /// are multiples of 16; if `valid`, the source is inside `source` and nobody writes it meanwhile.
     #[inline(always)]
     #[track_caller]
     pub unsafe fn copy_async(&self, i: usize, source: Global<T>, j: usize, valid: bool) {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::Error;
 use super::plan::{MemoryPlan, Stack, matrices, packing, vectors};
 use kernels::format::WeightFormat;
+use rayon::prelude::*;
 
 use crate::adapter::{ModelSpec, TensorId};
 use crate::device::{Buffer, Segment, SharedDevice, Uploader};
@@ -75,21 +76,23 @@ pub(super) fn load(
         let packed = Buffer::new(device, packing.n_bytes())?;
         let mut first_row = 0;
         for part in &parts {
-            let source = file.tensor_data(part.0);
-            upload(&packing, source, first_row, &packed, 0, &mut uploader, &mut |bytes| {
+            let source = Source { tensor: &file.tensors()[part.0].name, first_row: 0, rows: file.tensor_data(part.0) };
+            upload(&packing, &source, first_row, &packed, 0, &mut uploader, &mut |bytes| {
                 done += bytes;
                 progress(done, total);
             })?;
-            first_row += source.len() / packing.row_bytes();
+            first_row += source.rows.len() / packing.row_bytes();
         }
         loaded.matrices.insert(parts[0], Matrix { format: packing.format(), packed, n_in, n_out });
     }
     for (experts, n_expert) in super::experts(spec) {
-        let packing = packing(&file.tensors()[experts.weight.0], experts.n_in, experts.n_out)?;
+        let tensor = &file.tensors()[experts.weight.0];
+        let packing = packing(tensor, experts.n_in, experts.n_out)?;
         let packed = Buffer::new(device, n_expert * packing.n_bytes())?;
-        let source = file.tensor_data(experts.weight.0);
-        for (expert, source) in source.chunks_exact(source.len() / n_expert).enumerate() {
-            upload(&packing, source, 0, &packed, expert * packing.n_bytes(), &mut uploader, &mut |bytes| {
+        let data = file.tensor_data(experts.weight.0);
+        for (expert, rows) in data.chunks_exact(data.len() / n_expert).enumerate() {
+            let source = Source { tensor: &tensor.name, first_row: expert * experts.n_out, rows };
+            upload(&packing, &source, 0, &packed, expert * packing.n_bytes(), &mut uploader, &mut |bytes| {
                 done += bytes;
                 progress(done, total);
             })?;
@@ -112,11 +115,19 @@ pub(super) fn load(
     Ok(loaded)
 }
 
+/// Rows of a tensor in the file.
+struct Source<'a> {
+    tensor: &'a str,
+    /// Which of the tensor's rows is the first here.
+    first_row: usize,
+    rows: &'a [u8],
+}
+
 /// Repacks the rows in `source`, which are rows `first_row..` of the matrix that starts at `at` of `packed`: on all cores,
 /// some rows each, and copies them as they come.
 fn upload(
     packing: &Packing,
-    source: &[u8],
+    source: &Source<'_>,
     first_row: usize,
     packed: &Buffer<u8>,
     at: usize,
@@ -124,9 +135,14 @@ fn upload(
     copied: &mut dyn FnMut(u64),
 ) -> Result<(), Error> {
     let row_bytes = packing.row_bytes();
-    let rows_of_part = rows_of_part(packing, source.len() / row_bytes);
-    let parts: Vec<(usize, &[u8])> = source.chunks(rows_of_part * row_bytes).enumerate().collect();
+    let rows_of_part = rows_of_part(packing, source.rows.len() / row_bytes);
+    let parts: Vec<(usize, &[u8])> = source.rows.chunks(rows_of_part * row_bytes).enumerate().collect();
     for batch in parts.chunks(uploader.n_parts()) {
+        let check =
+            |&(part, rows): &(usize, &[u8])| packing.check_rows(source.first_row + part * rows_of_part, rows).err();
+        if let Some(error) = batch.par_iter().find_map_first(check) {
+            return Err(Error::Repack { tensor: source.tensor.to_owned(), source: error });
+        }
         let bytes = uploader.batch(packed, batch.len(), |i, staging| {
             let (part, source) = batch[i];
             let first = first_row + part * rows_of_part;

@@ -153,7 +153,7 @@ fn six_bit_scales() -> [Field; 2] {
     [bits(Plane::Scales, 2, 24, scale_in_file, scale), bits(Plane::Scales, 2, 24, min_in_file, min)]
 }
 
-/// The fields of a block: together, each of its bits once.
+/// The fields of a block: together, each of its bits once. None for MXFP4, which `mxfp4.rs` repacks.
 pub(super) fn of(format: WeightFormat) -> Vec<Field> {
     use Plane::{High, Quants, Scales, Supers};
     let k_nibble = |start: usize| move |i: usize| (start + i / 64 * 32 + i % 32, i / 32 % 2 * 4);
@@ -169,7 +169,7 @@ pub(super) fn of(format: WeightFormat) -> Vec<Field> {
             vec![bytes(Scales, 0, 4), bits(High, 1, 32, |i| (4 + i / 8, i % 8), single_bit), bytes(Quants, 8, 16)]
         }
         WeightFormat::Q8_0 => vec![bytes(Scales, 0, 2), bytes(Quants, 2, 32)],
-        WeightFormat::Mxfp4 => vec![bytes(Scales, 0, 1), bytes(Quants, 1, 16)],
+        WeightFormat::Mxfp4 => Vec::new(),
         WeightFormat::Q2K => {
             vec![bytes(Scales, 0, 16), bits(Quants, 2, 256, file_bit_pair(16), bit_pair), bytes(Supers, 80, 4)]
         }

@@ -1,6 +1,7 @@
 //! Mixture of experts: each token goes through the feed-forward networks that [`router`](crate::router) chose for it.
 //!
-//! - [`decode`]: one token, memory bound. Two kernels, and no list of who goes where.
+//! - [`decode`]: one token, memory bound. Two kernels, and no list of who goes where. [`token`]: the same for MXFP4 on tensor
+//!   cores, at the speed of memory.
 //! - [`sort`]: many tokens, by expert. [`prefill`]: the products of each expert with its tokens, on tensor cores, and the
 //!   sum over a token's experts.
 //!
@@ -11,6 +12,7 @@
 pub mod decode;
 pub mod prefill;
 pub mod sort;
+pub mod token;
 
 use crate::format::{Format, GROUP, Place};
 use cuda_std::Global;

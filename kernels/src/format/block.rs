@@ -14,8 +14,39 @@ pub enum Q5_0 {}
 pub enum Q5_1 {}
 /// `q · d`. Planes: quants 32 bytes, ggml's but for the interleaving; scales `d`.
 pub enum Q8_0 {}
-/// E2M1 numbers under an E8M0 scale. Planes: quants 16 bytes, ggml's; scales the byte `e`.
+/// E2M1 numbers under an E8M0 scale. Planes: scales the byte `e`; quants 16 bytes in the order of tensor cores. Each run of
+/// [`MXFP4_RUN`] groups of a row (the last: what is left, w) is cut in four pieces of `4 w` bytes; piece t holds a word of
+/// each group: the eight codes that lane t of four gives to two `mma.m16n8k16`, see [`mxfp4_pairs`]. So the lane loads its
+/// fragments of a whole run at once.
 pub enum Mxfp4 {}
+
+/// Groups of MXFP4 that interleave their words.
+pub const MXFP4_RUN: usize = 4;
+
+/// The offset of word `t` of group `group` in the quants of its row of MXFP4, which has `n_groups` groups.
+#[inline(always)]
+pub const fn mxfp4_word(n_groups: usize, group: usize, t: usize) -> usize {
+    let (first, lane) = (group / MXFP4_RUN * MXFP4_RUN, group % MXFP4_RUN);
+    let left = n_groups - first;
+    let width = if left < MXFP4_RUN { left } else { MXFP4_RUN };
+    16 * first + 4 * (t * width + lane)
+}
+
+/// Pairs of f16 `[2 t, + 1]`, `[8 + 2 t, + 1]`, `[16 + 2 t, + 1]`, `[24 + 2 t, + 1]` of a group from its word t: their
+/// values times 2⁻¹⁴, exactly.
+///
+/// A half of the word holds four codes of a sign and three bits: the first at 15 and 11..9, the second at 12 and 8..6, the
+/// third at 14 and 5..3, the fourth at 13 and 2..0. Shifted under sign and exponent of an f16, three bits count 2⁻¹⁴ times
+/// what they do in E2M1.
+#[inline(always)]
+pub fn mxfp4_pairs(word: u32) -> [u32; 4] {
+    [
+        word & 0x8e00_8e00,
+        word << 3 & 0x8e00_8e00,
+        word << 1 & 0x8000_8000 | word << 6 & 0x0e00_0e00,
+        word << 2 & 0x8000_8000 | word << 9 & 0x0e00_0e00,
+    ]
+}
 
 const fn layout(quants: usize, high: usize, scales: usize) -> Layout {
     Layout { block_len: 32, quants, high, scales, supers: 0 }
@@ -197,20 +228,24 @@ impl Format for Mxfp4 {
 
     #[inline(always)]
     unsafe fn load(place: &Place, row: usize, group: u32) -> Self::Raw {
-        let at = place.planes.scales + place.index(row, group);
-        // SAFETY: the caller's promise.
+        let (n_groups, index) = (place.n_groups as usize, place.index(row, group));
+        let word = |t: usize| 16 * row * n_groups + mxfp4_word(n_groups, group as usize, t);
+        // SAFETY: the caller's promise; words start at multiples of 4.
         unsafe {
-            let scales = [place.weight.read_unchecked(at).into()];
-            Raw { quants: place.chunk::<Self>(row, group, 0), high: [], scales }
+            let quants = [
+                place.weight.load4(word(0)),
+                place.weight.load4(word(1)),
+                place.weight.load4(word(2)),
+                place.weight.load4(word(3)),
+            ];
+            Raw { quants, high: [], scales: [place.weight.read_unchecked(place.planes.scales + index).into()] }
         }
     }
 
     #[inline(always)]
     fn quad(raw: &Self::Raw, i: usize) -> [f32; 4] {
-        // Two bytes apart, codes are two f16 apart: sign to bit 15, exponent and mantissa to bits 9 to 11.
-        let pair = |codes: u32| unpack_f16x2((codes & 0x0008_0008) << 12 | (codes & 0x0007_0007) << 9);
-        let codes = raw.quants[i % 4] >> (i / 4 * 4);
-        let ([a, c], [b, d]) = (pair(codes), pair(codes >> 8));
+        let pair = |word: u32| unpack_f16x2(mxfp4_pairs(word)[i / 2]);
+        let ([a, b], [c, d]) = (pair(raw.quants[i % 2 * 2]), pair(raw.quants[i % 2 * 2 + 1]));
         [a, b, c, d]
     }
 
