@@ -6,7 +6,9 @@ use criterion::Throughput;
 use cuda_std::{LaunchError, Launcher, f16};
 use gamma_benches::{Case, Gpu, Rotating, Suite, spread};
 use gamma_tests::{normal, relative_error, uniform};
-use gpt_gamma::device::ops::{self, AttentionShape, Cache, attention_partial_len};
+use gpt_gamma::device::ops::{
+    self, AttentionShape, Cache, Rotation, TokenWork, attention_counters_len, attention_partial_len,
+};
 
 /// q and the softmax's numerators are rounded to f16, and their errors average out over keys; a window's first queries have
 /// few. Grouped decode keeps f32's precision, so this holds for all.

@@ -4,8 +4,8 @@ use cuda_std::{Disjoint, Float, Global, Shared, cp_async, f16, kernel, mma, pack
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::{Entry, Launch};
 
-use super::single_query::{THREADS, attend};
-use super::{NO_SCORE, Shape, nan_past_f16, normalizer, sink_of};
+use super::single_query::{THREADS, attend, column_of};
+use super::{CacheElement, NO_SCORE, Shape, Slots, nan_past_f16, normalizer, sink_of};
 
 /// Queries of a block, 16 a warp.
 const QUERIES: u32 = 64;
@@ -46,7 +46,7 @@ macro_rules! attention_prefill_f16 {
         /// - Math: `out[t, h, c] = Σⱼ pⱼ vⱼ[c] / (Σⱼ pⱼ + exp(z − M))`, `pⱼ = exp(scale · q·kⱼ − M)` over visible j, z: the
         ///   head's sink, or −∞; M: the largest exponent. q · scale and p are rounded to f16; scores, sums and M are f32.
         /// - Shapes: `out`: `[n_tokens, n_head d_head]`; `qkv`: `[n_tokens, (n_head + 2 n_head_kv) d_head]`; caches:
-        ///   `[n_head_kv, n_ctx, d_head]`, this launch's keys and values included; `state`: `[1]`, the first token's position;
+        ///   `[n_head_kv, n_slots, d_head]`, this launch's keys and values included; `state`: `[1]`, the first token's position;
         ///   `sinks`: empty or `[n_head]`.
         /// - Launch: [`launch_f16`]`(n_tokens, n_head)`, the longest rows first. A warp takes 16 queries, the block 64 keys at a
         ///   time; tiles that no query of the block sees are not read.
@@ -59,7 +59,7 @@ macro_rules! attention_prefill_f16 {
         /// # Safety
         ///
         /// Launched as above; the slices have the shapes written above and start at multiples of 16 bytes; `n_head_kv`
-        /// divides `n_head`; `d_head` is a multiple of 8 within the name's bound; `state[0] + n_tokens <= n_ctx`.
+        /// divides `n_head`; `d_head` is a multiple of 8 within the name's bound; the positions have slots.
         #[kernel(threads = THREADS, blocks_per_sm = $blocks)]
         pub unsafe fn $name(
             out: Disjoint<f32>,
@@ -72,11 +72,11 @@ macro_rules! attention_prefill_f16 {
             n_head: u32,
             n_head_kv: u32,
             d_head: u32,
-            n_ctx: u32,
+            n_slots: u32,
             window: u32,
             scale: f32,
         ) {
-            let shape = Shape { n_head, n_head_kv, d_head, n_ctx, window, scale };
+            let shape = Shape { n_head, n_head_kv, d_head, n_slots, window, scale };
             let tiles = (shared_array!($k_symbol: [f16; $tile]), shared_array!($v_symbol: [f16; $tile]));
             // SAFETY: the launch contract.
             unsafe {
@@ -116,11 +116,11 @@ macro_rules! attention_prefill_f32 {
             n_head: u32,
             n_head_kv: u32,
             d_head: u32,
-            n_ctx: u32,
+            n_slots: u32,
             window: u32,
             scale: f32,
         ) {
-            let shape = Shape { n_head, n_head_kv, d_head, n_ctx, window, scale };
+            let shape = Shape { n_head, n_head_kv, d_head, n_slots, window, scale };
             let (token, head) = (thread::block_idx_x(), thread::block_idx_y());
             if token >= n_tokens {
                 return; // The whole block leaves.
@@ -131,7 +131,10 @@ macro_rules! attention_prefill_f32 {
             let column = unsafe {
                 let (q, k, v) =
                     (shape.query(qkv, token, head), shape.head_of(k_cache, kv_head), shape.head_of(v_cache, kv_head));
-                attend::<f32, $lanes>(q, k, v, shape.first_key(position), position + 1, d_head, scale)
+                let factor = scale * core::f32::consts::LOG2_E;
+                let q = f32::widen(f32::load_eight(q, column_of::<$lanes>(d_head) as usize)).map(|x| x * factor);
+                let first = shape.first_key(position);
+                attend::<f32, $lanes>(q, k, v, Slots::from(&shape, first), 0, position + 1 - first, d_head)
             };
             let factor = normalizer(column.m, column.l, sink_of(sinks, head));
             let t = thread::thread_idx_x();
@@ -193,14 +196,15 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
 
     let stride = 8 * N_TILES + 8;
     let mut tile = shape.first_key(first_position);
+    let mut slots = Slots::from(shape, tile);
     // SAFETY: nobody has read the tile yet.
-    unsafe { copy_tile::<N_TILES>(k_tile, k, tile, end, shape.d_head) };
+    unsafe { copy_tile::<N_TILES>(k_tile, k, slots, end - tile, shape.d_head) };
     while tile < end {
         cp_async::wait::<0>();
         // SAFETY: the whole block is here: `tile` and `end` are the block's. All have read the values before.
         unsafe {
             thread::sync_threads();
-            copy_tile::<N_TILES>(v_tile, v, tile, end, shape.d_head);
+            copy_tile::<N_TILES>(v_tile, v, slots, end - tile, shape.d_head);
         }
 
         // Scores, 16 queries by 64 keys a warp.
@@ -275,7 +279,7 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
         unsafe {
             thread::sync_threads();
             if tile + KEYS < end {
-                copy_tile::<N_TILES>(k_tile, k, tile + KEYS, end, shape.d_head);
+                copy_tile::<N_TILES>(k_tile, k, slots.after(KEYS), end - tile - KEYS, shape.d_head);
             }
         }
 
@@ -302,7 +306,7 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
             }
             step += 1;
         }
-        tile += KEYS;
+        (tile, slots) = (tile + KEYS, slots.after(KEYS));
     }
 
     let sink = sink_of(sinks, head);
@@ -358,26 +362,26 @@ unsafe fn load_queries<const K_STEPS: usize>(
     })
 }
 
-/// Starts copying rows `first..first + KEYS` of `source` to `tile`, as one group; rows from `end` on, and columns past the
+/// Starts copying the first [`KEYS`] of `slots` of `source` to `tile`, as one group; rows from `n` on, and columns past the
 /// last, become zero.
 ///
 /// # Safety
 ///
-/// All threads of the block are here, and none reads `tile` before waiting for the group and a barrier; rows below `end` are
-/// in `source`.
+/// All threads of the block are here, and none reads `tile` before waiting for the group and a barrier; the first `n` slots
+/// are in `source`.
 #[inline(always)]
-unsafe fn copy_tile<const N_TILES: usize>(tile: Shared<f16>, source: Global<f16>, first: u32, end: u32, d_head: u32) {
+unsafe fn copy_tile<const N_TILES: usize>(tile: Shared<f16>, source: Global<f16>, slots: Slots, n: u32, d_head: u32) {
     let thread = thread::thread_idx_x();
     let stride = 8 * N_TILES + 8;
     let mut piece = 0;
     while piece < KEYS * N_TILES as u32 / THREADS {
         let at = piece * THREADS + thread;
         let (row, column) = (at / N_TILES as u32, 8 * (at % N_TILES as u32));
-        let valid = first + row < end && column < d_head;
+        let valid = row < n && column < d_head;
         // SAFETY: the destination is this thread's, a multiple of 8 elements as the source is, which is inside if valid.
         unsafe {
             let to = row as usize * stride + column as usize;
-            tile.copy_async(to, source, ((first + row) * d_head + column) as usize, valid);
+            tile.copy_async(to, source, (slots.of(row) * d_head + column) as usize, valid);
         }
         piece += 1;
     }
