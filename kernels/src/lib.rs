@@ -13,6 +13,7 @@
 
 pub mod argmax;
 pub mod attention;
+mod block;
 pub mod candidates;
 pub mod embed;
 pub mod experts;

@@ -6,7 +6,7 @@
 use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
 use kernels::attention::token::{grouped, partial_len, single};
 use kernels::attention::{kv_append, prefill};
-use kernels::experts::{decode as one, prefill as many, sort};
+use kernels::experts::{decode as one, prefill as many, sort, token as token_experts};
 use kernels::format::WeightFormat;
 use kernels::{
     argmax as argmax_kernel, candidates, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
@@ -183,11 +183,112 @@ pub fn linear(
     // SAFETY: as in `embed`.
     unsafe {
         if n_tokens == 1 {
-            matvec::run(format, launcher, out, weight, x, bias, i, o, code)
+            let none = optional(None);
+            matvec::run(format, launcher, out, weight, x, none, none, bias, 0.0, i, o, code)
         } else {
             matmul::run(format, launcher, out, weight, x, bias, t, i, o, code)
         }
     }
+}
+
+/// A matrix of weights, `[n_out, n_in]`.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "a format, its planes, a shape")]
+pub struct LinearMatrix<'a> {
+    pub format: WeightFormat,
+    pub packed: View<'a, u8>,
+    pub n_in: usize,
+    pub n_out: usize,
+}
+
+/// What is done to a vector before a matrix.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub enum Norm<'a> {
+    /// Root-mean-square normalization.
+    Rms { gamma: View<'a, f32>, epsilon: f32 },
+    /// Layer normalization.
+    Layer { gamma: View<'a, f32>, beta: View<'a, f32>, epsilon: f32 },
+}
+
+/// The router of a mixture of experts that reads what [`linear_fused`] adds to.
+#[derive(Clone, Copy)]
+pub struct RouterParts<'a> {
+    /// `[n_expert, n_out]`.
+    pub weight: View<'a, f32>,
+    /// The scale of the RMS norm before the router, `[n_out]`.
+    pub gamma: View<'a, f32>,
+    /// `[n_parts, n_expert + 1]`, `n_parts` of [`router_parts`]: what each part of the rows adds to the logits, short of the
+    /// norm's division, and its sum of squares.
+    pub parts: View<'a, f32>,
+}
+
+/// Whether [`linear_fused`] can normalize `n_in` elements, with a β if `has_beta`.
+pub fn norm_fits(n_in: usize, has_beta: bool) -> bool {
+    matvec::norm_fits(n_in as u32, has_beta)
+}
+
+/// Whether [`linear_fused`] can serve a router of `n_expert` experts beside a matrix of this shape.
+pub fn router_fits(n_in: usize, n_out: usize, n_expert: usize) -> bool {
+    matvec::router_fits(n_in as u32, n_out as u32, n_expert as u32)
+}
+
+/// Rows of [`RouterParts::parts`] for a matrix of this shape.
+pub fn router_parts(n_in: usize, n_out: usize) -> usize {
+    matvec::n_parts(n_in as u32, n_out as u32) as usize
+}
+
+/// `out = epilogue(weight · norm(x) + bias)` for one token, in one launch, and with a router what its logits are made of.
+///
+/// The weights, γ, β, biases and the router must have been written before the launch before this one: they are read while
+/// that one may still run.
+///
+/// # Errors
+///
+/// Those of the launch.
+///
+/// # Panics
+///
+/// If lengths do not fit, a norm does not ([`norm_fits`]), or a router does not ([`router_fits`]) or comes with a norm or an
+/// epilogue other than [`Epilogue::Add`]: the caller's bugs.
+pub fn linear_fused(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    matrix: LinearMatrix,
+    x: View<f32>,
+    norm: Option<Norm>,
+    bias: Option<View<f32>>,
+    epilogue: Epilogue,
+    router: Option<RouterParts>,
+) -> Result<(), LaunchError> {
+    let LinearMatrix { format, packed, n_in, n_out } = matrix;
+    assert_eq!((out.len(), x.len()), (n_out, n_in), "lengths");
+    assert_eq!(packed.len(), format.layout().planes(n_in, n_out).end, "weight length");
+    assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
+    let (out, weight, x, bias) = (out.slice(), packed.slice(), x.slice(), optional(bias));
+    let (i, o) = (n_in as u32, n_out as u32);
+    if let Some(RouterParts { weight: router, gamma, parts }) = router {
+        assert!(norm.is_none() && epilogue == Epilogue::Add, "a router follows the residual");
+        assert_eq!(gamma.len(), n_out, "router norm length");
+        let n_expert = router.len() / n_out;
+        assert_eq!(router.len(), n_expert * n_out, "router length");
+        assert_eq!(parts.len(), router_parts(n_in, n_out) * (n_expert + 1), "parts length");
+        assert!(router_fits(n_in, n_out, n_expert), "{n_expert} experts do not fit");
+        let (router, gamma, parts, e) = (router.slice(), gamma.slice(), parts.slice(), n_expert as u32);
+        // SAFETY: as in `embed`.
+        return unsafe { matvec::run_router(format, launcher, out, parts, weight, x, bias, router, gamma, i, o, e) };
+    }
+    let (gamma, beta, epsilon) = match norm {
+        None => (None, None, 0.0),
+        Some(Norm::Rms { gamma, epsilon }) => (Some(gamma), None, epsilon),
+        Some(Norm::Layer { gamma, beta, epsilon }) => (Some(gamma), Some(beta), epsilon),
+    };
+    assert!(gamma.is_none_or(|gamma| gamma.len() == n_in), "norm length");
+    assert!(beta.is_none_or(|beta| beta.len() == n_in), "norm shift length");
+    assert!(norm.is_none() || norm_fits(n_in, beta.is_some()), "a norm of {n_in} elements does not fit");
+    let (gamma, beta, code) = (optional(gamma), optional(beta), epilogue.code());
+    // SAFETY: as in `embed`.
+    unsafe { matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code) }
 }
 
 /// Writes the keys and values in `qkv` to their positions in the cache.
@@ -518,6 +619,107 @@ pub fn experts(
     }
 }
 
+/// The multiprocessors that one token's kernels are spread over: an H100's. Fewer take several blocks each; results do not
+/// depend on it.
+const MULTIPROCESSORS: u32 = 132;
+
+/// What ends a router whose logits [`linear_fused`] began.
+#[derive(Clone, Copy)]
+pub struct RouterFinish<'a> {
+    /// `[n_parts, n_expert + 1]`, of [`RouterParts`].
+    pub parts: View<'a, f32>,
+    /// The scale of the RMS norm before router and experts, `[d_model]`.
+    pub gamma: View<'a, f32>,
+    /// `[n_expert]`.
+    pub bias: Option<View<'a, f32>>,
+    /// Of the norm.
+    pub epsilon: f32,
+}
+
+/// One token's experts, and where their work goes.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub struct TokenExperts<'a> {
+    pub n_expert: usize,
+    pub d_model: usize,
+    pub d_ff: usize,
+    /// `[n_used]`, and so the next.
+    pub ids: View<'a, u32>,
+    pub weights: View<'a, f32>,
+    /// `[n_used, d_ff]`.
+    pub h: View<'a, f32>,
+}
+
+/// Whether [`experts_token`] can run a layer of these sizes.
+pub fn experts_token_fits(n_expert: usize, n_used: usize, d_model: usize, d_ff: usize) -> bool {
+    token_experts::fits(n_expert as u32, n_used as u32, d_model as u32, d_ff as u32)
+}
+
+/// Chooses one token's experts and adds what they make of its norm to `x`, in two launches. All matrices are MXFP4.
+///
+/// # Errors
+///
+/// Those of the launches.
+///
+/// # Panics
+///
+/// If lengths do not fit, a matrix is of another type, or the sizes do not fit ([`experts_token_fits`]).
+pub fn experts_token(
+    launcher: &dyn Launcher,
+    token: &TokenExperts,
+    x: View<f32>,
+    router: RouterFinish,
+    gate: ExpertsMatrix,
+    up: ExpertsMatrix,
+    down: ExpertsMatrix,
+) -> Result<(), LaunchError> {
+    let &TokenExperts { n_expert, d_model, d_ff, .. } = token;
+    let n_used = token.ids.len();
+    assert!(experts_token_fits(n_expert, n_used, d_model, d_ff), "sizes");
+    assert_eq!((x.len(), router.gamma.len()), (d_model, d_model), "lengths");
+    assert_eq!((token.weights.len(), token.h.len()), (n_used, n_used * d_ff), "work lengths");
+    assert!(router.bias.is_none_or(|bias| bias.len() == n_expert), "router bias length");
+    let n_parts = router.parts.len() / (n_expert + 1);
+    assert_eq!(router.parts.len(), n_parts * (n_expert + 1), "parts length");
+    let check = |matrix: ExpertsMatrix, n_in: usize, n_out: usize| {
+        assert_eq!(matrix.format, WeightFormat::Mxfp4, "type");
+        let bytes = n_expert * matrix.format.layout().planes(n_in, n_out).end;
+        assert_eq!((matrix.packed.len(), matrix.bias.len()), (bytes, n_expert * n_out), "expert lengths");
+    };
+    check(gate, d_model, d_ff);
+    check(up, d_model, d_ff);
+    check(down, d_ff, d_model);
+    let (h, ids, weights) = (token.h.slice(), token.ids.slice(), token.weights.slice());
+    let (x, gamma, parts, bias) = (x.slice(), router.gamma.slice(), router.parts.slice(), optional(router.bias));
+    let (d, f, p, epsilon) = (d_model as u32, d_ff as u32, n_parts as u32, router.epsilon);
+    let (gate, gate_bias) = (gate.packed.slice(), gate.bias.slice());
+    let (up, up_bias) = (up.packed.slice(), up.bias.slice());
+    let (down, down_bias) = (down.packed.slice(), down.bias.slice());
+    // SAFETY: as in `embed`; `gamma` and the router's bias are weights.
+    unsafe {
+        token_experts::run_gate_up(
+            launcher,
+            MULTIPROCESSORS,
+            h,
+            ids,
+            weights,
+            gate,
+            up,
+            gate_bias,
+            up_bias,
+            x,
+            gamma,
+            parts,
+            bias,
+            epsilon,
+            d,
+            f,
+            p,
+        )?;
+        token_experts::run_down(launcher, MULTIPROCESSORS, x, down, down_bias, h, ids, weights, f, d)
+    }
+}
+
 /// Candidates that [`likeliest`] gives for so many logits.
 pub fn n_likeliest(n_vocab: usize) -> usize {
     (candidates::n_parts(n_vocab as u32) * candidates::KEPT) as usize
@@ -544,32 +746,36 @@ pub fn likeliest(
 /// Candidates that [`argmax`] needs room for.
 pub const ARGMAX_PARTS: usize = argmax_kernel::PARTS as usize;
 
+/// Where [`argmax`] works.
+#[derive(Clone, Copy)]
+pub struct ArgmaxWork<'a> {
+    /// `[ARGMAX_PARTS]`.
+    pub best_logits: View<'a, f32>,
+    /// `[ARGMAX_PARTS]`.
+    pub best_ids: View<'a, u32>,
+    /// `[1]`, set to 0 before the first launch; every launch leaves it so.
+    pub arrived: View<'a, u32>,
+}
+
 /// The id of the largest logit into `token[0]`, and `state[0] += n_tokens`.
 ///
 /// # Errors
 ///
-/// Those of the launches.
+/// Those of the launch.
 pub fn argmax(
     launcher: &dyn Launcher,
     token: View<u32>,
     state: View<u32>,
     logits: View<f32>,
-    best: (View<f32>, View<u32>),
+    work: ArgmaxWork,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
     assert!(!token.is_empty() && !state.is_empty(), "lengths");
-    assert_eq!((best.0.len(), best.1.len()), (ARGMAX_PARTS, ARGMAX_PARTS), "candidates");
-    let (best_logits, best_ids) = (best.0.slice(), best.1.slice());
-    let (token, state, launch) = (token.slice(), state.slice(), argmax_kernel::launch());
+    assert_eq!((work.best_logits.len(), work.best_ids.len()), (ARGMAX_PARTS, ARGMAX_PARTS), "candidates");
+    assert!(!work.arrived.is_empty(), "counter");
+    let launch = argmax_kernel::launch(logits.len() as u32);
+    let (best_logits, best_ids, arrived) = (work.best_logits.slice(), work.best_ids.slice(), work.arrived.slice());
+    let (token, state, logits, n) = (token.slice(), state.slice(), logits.slice(), n_tokens as u32);
     // SAFETY: as in `embed`.
-    unsafe {
-        argmax_kernel::argmax_parts::run(
-            launcher,
-            argmax_kernel::launch_parts(),
-            best_logits,
-            best_ids,
-            logits.slice(),
-        )?;
-        argmax_kernel::argmax::run(launcher, launch, token, state, best_logits, best_ids, n_tokens as u32)
-    }
+    unsafe { argmax_kernel::argmax::run(launcher, launch, token, state, best_logits, best_ids, arrived, logits, n) }
 }

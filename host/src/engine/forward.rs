@@ -1,12 +1,14 @@
 //! The forward pass, and the state it moves: KV cache, position, the token to come.
 
+mod token;
+
 use cuda_std::{LaunchError, Launcher, f16};
 
-use super::load::{DeviceWeights, Experts};
+use super::load::{DeviceWeights, Experts, Matrix};
 use super::plan::{WorkspaceSizes, attention_shape, cache_len, rope};
 use super::{Error, Gelu, KvType, Options};
-use crate::adapter::{ExpertsSpec, FfnSpec, LinearSpec, ModelSpec, NormSpec, QkvSpec};
-use crate::device::ops::{self, Cache, Epilogue, ExpertsMatrix, ExpertsWork, Rotation, TokenWork};
+use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec};
+use crate::device::ops::{self, Cache, Epilogue, ExpertsMatrix, ExpertsWork, Rotation};
 use crate::device::{self, Buffer, Graph, SharedDevice, View};
 
 /// A loaded model with one sequence of tokens.
@@ -66,6 +68,9 @@ struct Workspace {
     /// Candidates of argmax.
     best_logits: Buffer<f32>,
     best_ids: Buffer<u32>,
+    arrived: Buffer<u32>,
+    /// What each part of one token's residual stream adds to the router's logits.
+    parts: Buffer<f32>,
     /// For mixtures of experts, as `WorkspaceSizes` says.
     router_logits: Buffer<f32>,
     expert_ids: Buffer<u32>,
@@ -107,6 +112,8 @@ pub(super) fn new(
         counters: Buffer::from_slice(&device, &vec![0; sizes.counters])?,
         best_logits: Buffer::new(&device, ops::ARGMAX_PARTS)?,
         best_ids: Buffer::new(&device, ops::ARGMAX_PARTS)?,
+        arrived: Buffer::from_slice(&device, &[0])?,
+        parts: Buffer::new(&device, sizes.parts)?,
         router_logits: Buffer::new(&device, sizes.router_logits)?,
         expert_ids: Buffer::new(&device, sizes.pairs)?,
         expert_weights: Buffer::new(&device, sizes.pairs)?,
@@ -123,6 +130,9 @@ impl Model {
     /// `n_tokens` tokens from `work.tokens` through all layers; leaves the residual stream in `work.x` and their keys
     /// and values in the cache.
     fn layers(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
+        if n_tokens == 1 {
+            return self.token_layers(launcher);
+        }
         let (spec, work, weights) = (&self.spec, &self.work, &self.weights);
         let (d, q_width) = (spec.d_model, spec.n_head * spec.d_head);
         let qkv_width = q_width + 2 * spec.n_head_kv * spec.d_head;
@@ -138,21 +148,16 @@ impl Model {
 
         for (layer, cache) in spec.layers.iter().zip(&self.caches) {
             self.norm(launcher, normed, x, &layer.attention_norm)?;
-            self.qkv(launcher, qkv, normed, &layer.qkv)?;
+            self.qkv(launcher, qkv, normed, layer)?;
             let shape = attention_shape(spec, &self.options, layer);
             let (frequencies, magnitude) = (work.frequencies.view(), self.rope_magnitude);
             let rotation = layer.attention.rope.is_some().then_some(Rotation { frequencies, magnitude });
             let sinks = layer.attention.sinks.map(|id| weights.vector(id).view());
-            if n_tokens == 1 {
-                let work = TokenWork { partial: work.partial.view(), counters: work.counters.view() };
-                ops::attention_token(launcher, attended, qkv, cache.view(), state, rotation, sinks, work, shape)?;
-            } else {
-                if let Some(rotation) = rotation {
-                    ops::rope(launcher, qkv, rotation, state, shape, n_tokens)?;
-                }
-                ops::kv_append(launcher, cache.view(), qkv, state, shape, n_tokens)?;
-                ops::attention(launcher, attended, qkv, cache.view(), state, sinks, shape, n_tokens)?;
+            if let Some(rotation) = rotation {
+                ops::rope(launcher, qkv, rotation, state, shape, n_tokens)?;
             }
+            ops::kv_append(launcher, cache.view(), qkv, state, shape, n_tokens)?;
+            ops::attention(launcher, attended, qkv, cache.view(), state, sinks, shape, n_tokens)?;
             self.linear(launcher, x, attended, &layer.attention_output, Epilogue::Add)?;
 
             self.norm(launcher, normed, x, &layer.ffn_norm)?;
@@ -163,6 +168,9 @@ impl Model {
 
     /// Logits of rows `first..first + n_rows` of the last forward pass.
     fn head(&self, launcher: &dyn Launcher, logits: View<f32>, first: usize, n_rows: usize) -> Result<(), LaunchError> {
+        if n_rows == 1 {
+            return self.token_head(launcher, logits, first);
+        }
         let d = self.spec.d_model;
         let x = self.work.x.view().part(first * d..(first + n_rows) * d);
         let normed = self.work.normed.view().part(0..n_rows * d);
@@ -173,8 +181,10 @@ impl Model {
     /// The likeliest token into `work.tokens[0]`, and the position moved on.
     fn choose(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
         let (token, state) = (self.work.tokens.view().part(0..1), self.work.state.view());
-        let best = (self.work.best_logits.view(), self.work.best_ids.view());
-        ops::argmax(launcher, token, state, self.work.logits.view(), best, n_tokens)
+        let Workspace { best_logits, best_ids, arrived, logits, .. } = &self.work;
+        let work =
+            ops::ArgmaxWork { best_logits: best_logits.view(), best_ids: best_ids.view(), arrived: arrived.view() };
+        ops::argmax(launcher, token, state, logits.view(), work, n_tokens)
     }
 
     fn norm(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, norm: &NormSpec) -> Result<(), LaunchError> {
@@ -188,9 +198,28 @@ impl Model {
     }
 
     /// Queries, keys and values of all heads: one product, whether the file has one tensor or three.
-    fn qkv(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, qkv: &QkvSpec) -> Result<(), LaunchError> {
-        let first = qkv.linears().next().expect("a fused tensor, or three");
-        self.linear(launcher, out, x, first, Epilogue::Store)
+    fn qkv(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, layer: &LayerSpec) -> Result<(), LaunchError> {
+        let Matrix { format, packed, n_in, n_out } = self.qkv_matrices(layer).next().expect("a fused tensor, or three");
+        let bias = self.qkv_bias(layer);
+        ops::linear(launcher, out, *format, packed.view(), x, bias, *n_in, *n_out, Epilogue::Store)
+    }
+
+    /// Queries, keys and values: one matrix, or one each if the file's tensors differ in type.
+    fn qkv_matrices(&self, layer: &LayerSpec) -> impl Iterator<Item = &Matrix> {
+        layer.qkv.linears().filter_map(|part| self.weights.find_matrix(part.weight))
+    }
+
+    /// The biases of queries, keys and values, one after the other.
+    fn qkv_bias(&self, layer: &LayerSpec) -> Option<View<'_, f32>> {
+        let first = layer.qkv.linears().find_map(|part| part.bias)?;
+        Some(self.weights.vector(first).view())
+    }
+
+    fn gelu(&self) -> Epilogue {
+        match self.options.gelu {
+            Gelu::Exact => Epilogue::GeluErf,
+            Gelu::Tanh => Epilogue::GeluTanh,
+        }
     }
 
     /// The feed-forward network on the rows of `normed`, added to those of `x`.
@@ -199,12 +228,8 @@ impl Model {
         let n_tokens = x.len() / d_model;
         match ffn {
             FfnSpec::Gelu { up, down } => {
-                let gelu = match self.options.gelu {
-                    Gelu::Exact => Epilogue::GeluErf,
-                    Gelu::Tanh => Epilogue::GeluTanh,
-                };
                 let inner = work.inner.view().part(0..n_tokens * d_ff);
-                self.linear(launcher, inner, normed, up, gelu)?;
+                self.linear(launcher, inner, normed, up, self.gelu())?;
                 self.linear(launcher, x, inner, down, Epilogue::Add)
             }
             FfnSpec::MixtureOfExperts { router, n_expert, n_used, gate, up, down, activation: _ } => {

@@ -42,6 +42,11 @@ impl DeviceWeights {
         self.matrices.get(&id).expect("the plan listed every matrix of the spec")
     }
 
+    /// The matrix whose first tensor this is, if it is any's first.
+    pub fn find_matrix(&self, id: TensorId) -> Option<&Matrix> {
+        self.matrices.get(&id)
+    }
+
     pub fn experts(&self, id: TensorId) -> &Experts {
         self.experts.get(&id).expect("the plan listed all experts of the spec")
     }

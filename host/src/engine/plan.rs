@@ -31,6 +31,8 @@ pub(super) struct WorkspaceSizes {
     pub logits: usize,
     pub partial: usize,
     pub counters: usize,
+    /// Of a router's logits, for one token.
+    pub parts: usize,
     /// Of experts: logits, choices and their weights, what they give, and the lists they are sorted by. 0 without.
     pub router_logits: usize,
     pub pairs: usize,
@@ -58,6 +60,7 @@ impl WorkspaceSizes {
             logits: spec.n_vocab,
             partial: most(ops::attention_partial_len),
             counters: most(ops::attention_counters_len),
+            parts: if n_expert == 0 { 0 } else { ops::router_parts(q_width, spec.d_model) * (n_expert + 1) },
             router_logits: rows * n_expert,
             pairs: rows * n_used,
             tiles: if n_expert == 0 { 0 } else { ops::expert_tiles_len(rows * n_used, n_expert) },
@@ -71,8 +74,8 @@ impl WorkspaceSizes {
         let dense = [self.tokens, self.x, self.normed, self.qkv, self.attended, self.inner, self.logits, self.partial];
         // Choices, their weights and the sorted list are `pairs` each; a frequency is two words, the position one.
         let lists = [3 * self.pairs, self.tiles, self.counters];
-        let others = [self.router_logits, self.expert_out, 2 * self.frequencies, 1];
-        let argmax = 2 * ops::ARGMAX_PARTS;
+        let others = [self.router_logits, self.expert_out, self.parts, 2 * self.frequencies, 1];
+        let argmax = 2 * ops::ARGMAX_PARTS + 1;
         dense.iter().chain(&lists).chain(&others).chain(&[argmax]).map(|&words| 4 * words as u64).sum()
     }
 }
