@@ -4,3 +4,4 @@
 
 mod engine;
 mod reference;
+mod rewind;

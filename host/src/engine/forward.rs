@@ -275,6 +275,28 @@ impl Engine {
         (self.n_past, self.has_logits) = (0, false);
     }
 
+    /// Keeps the first `n` tokens of the sequence and forgets the rest. There are no logits then until more tokens follow,
+    /// unless nothing was forgotten.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Rewind`] if there are fewer tokens, or the cache no longer holds what the `n`th one attends to. The sequence
+    /// is unchanged then; [`reset`](Self::reset) always works.
+    pub fn rewind(&mut self, n: usize) -> Result<(), Error> {
+        let (oldest, n_past) = (self.oldest_rewind(), self.n_past);
+        if n > n_past || n < oldest && n > 0 {
+            return Err(Error::Rewind { to: n, oldest, n_past });
+        }
+        // Keys and values behind the first `n` stay where they are: no token sees them before they are overwritten.
+        (self.n_past, self.has_logits) = (n, self.has_logits && n == n_past);
+        Ok(())
+    }
+
+    /// The fewest tokens that [`rewind`](Self::rewind) can keep, besides none: every layer's cache holds the whole context.
+    fn oldest_rewind(&self) -> usize {
+        0
+    }
+
     /// Continues the sequence with `tokens`, in chunks of at most `n_batch`; logits are then those after the last.
     ///
     /// `progress` hears how many tokens are done.

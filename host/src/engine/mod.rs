@@ -81,6 +81,8 @@ pub enum Error {
     DoesNotFit { needed: u64, free: u64, n_ctx: usize, advice: Advice },
     #[error("the context is full: {wanted} tokens, room for {n_ctx}; start over or use a larger -c")]
     ContextFull { wanted: usize, n_ctx: usize },
+    #[error("the sequence of {n_past} tokens cannot go back to {to}: the cache holds what follows {oldest}")]
+    Rewind { to: usize, oldest: usize, n_past: usize },
     #[error("token {token} is not in the vocabulary of {n_vocab}")]
     Token { token: u32, n_vocab: usize },
     #[error("no token was given")]
