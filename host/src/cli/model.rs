@@ -7,7 +7,6 @@ use std::path::Path;
 
 use gpt_gamma::adapter::{self, GptInferenceAdapter, InferenceAdapter, ModelSpec};
 use gpt_gamma::engine::{self, MemoryPlan, Options};
-use gpt_gamma::gguf::{Metadata, MetadataError, Strings};
 use gpt_gamma::model_file::ModelFile;
 use gpt_gamma::tokenizer::{Tokenizer, Vocabulary};
 
@@ -39,48 +38,17 @@ pub fn engine_error(file: &ModelFile, source: engine::Error) -> Error {
 pub fn tokenizer(args: &ModelArgs, file: &ModelFile) -> Result<Tokenizer, Error> {
     let in_gguf = |source| Error::Vocabulary { file: name(file), source };
     let (source, vocabulary) = match &args.tokenizer {
-        None => (name(file), vocabulary(file.metadata()).map_err(in_gguf)?),
+        None => (name(file), Vocabulary::from_metadata(file.metadata()).map_err(in_gguf)?),
         Some(path) => {
             let source = path.display().to_string();
             let refused = |error| Error::Tokenizer { file: source.clone(), source: error };
             let mut vocabulary = Vocabulary::from_json(&read(path)?, None, None).map_err(refused)?;
             // The file does not say which tokens begin and end a text, the GGUF's metadata does.
-            special_ids(file.metadata(), &mut vocabulary).map_err(in_gguf)?;
+            vocabulary.name_specials(file.metadata()).map_err(in_gguf)?;
             (source, vocabulary)
         }
     };
     Tokenizer::from_vocabulary(vocabulary).map_err(|error| Error::Tokenizer { file: source, source: error })
-}
-
-/// A file's `tokenizer.*` keys, unchecked.
-fn vocabulary(metadata: &Metadata) -> Result<Vocabulary, MetadataError> {
-    let texts = |key| Ok(metadata.required::<Strings>(key)?.map(<[u8]>::to_vec).collect());
-    let model: &str = metadata.required("tokenizer.ggml.model")?;
-    let mut vocabulary = Vocabulary {
-        model: model.to_owned(),
-        pre: metadata.optional::<&str>("tokenizer.ggml.pre")?.map(str::to_owned),
-        tokens: texts("tokenizer.ggml.tokens")?,
-        token_types: metadata.optional("tokenizer.ggml.token_type")?,
-        ..Vocabulary::default()
-    };
-    // Other models have no merges; the tokenizer is to say that it does not support them.
-    if model == "gpt2" {
-        vocabulary.merges = texts("tokenizer.ggml.merges")?;
-    }
-    special_ids(metadata, &mut vocabulary)?;
-    Ok(vocabulary)
-}
-
-/// Those keys that say what the tokens are for.
-fn special_ids(metadata: &Metadata, vocabulary: &mut Vocabulary) -> Result<(), MetadataError> {
-    let id = |name| metadata.optional(&format!("tokenizer.ggml.{name}_token_id"));
-    let flag = |key| Ok(metadata.optional(key)?.unwrap_or(false));
-    (vocabulary.bos, vocabulary.eos, vocabulary.eot, vocabulary.eom) = (id("bos")?, id("eos")?, id("eot")?, id("eom")?);
-    (vocabulary.unknown, vocabulary.padding) = (id("unknown")?, id("padding")?);
-    vocabulary.add_bos = flag("tokenizer.ggml.add_bos_token")?;
-    vocabulary.add_eos = flag("tokenizer.ggml.add_eos_token")?;
-    vocabulary.chat_template = metadata.optional::<&str>("tokenizer.chat_template")?.map(str::to_owned);
-    Ok(())
 }
 
 /// What there is to compute, if this engine can.

@@ -10,6 +10,7 @@
 
 mod error;
 mod json;
+mod metadata;
 mod pre_tokenizer;
 mod stream;
 mod vocabulary;
