@@ -3,5 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot load its model has failed")]
 
 mod engine;
+mod memory;
 mod reference;
 mod rewind;

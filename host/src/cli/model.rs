@@ -4,14 +4,16 @@ use std::fs;
 use std::io::{IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use gpt_gamma::adapter::{self, GptInferenceAdapter, InferenceAdapter, ModelSpec};
 use gpt_gamma::engine::{self, MemoryPlan, Options};
 use gpt_gamma::model_file::ModelFile;
 use gpt_gamma::tokenizer::{Tokenizer, Vocabulary};
 
-use super::args::{EngineArgs, ModelArgs, PromptArgs};
+use super::args::{DeviceArgs, EngineArgs, ModelArgs, PromptArgs};
 use super::error::Error;
+use super::session::Opening;
 
 /// What runs without `-m`.
 static BUNDLED: &[u8] = include_bytes!("../../../models/tiny-gpt-oss-mxfp4.gguf");
@@ -81,21 +83,35 @@ pub struct Model {
     pub adapter: GptInferenceAdapter,
     pub options: Options,
     pub plan: MemoryPlan,
+    /// The device that it is to run on.
+    pub device: Opening,
+    pub times: OpenTimes,
+}
+
+/// When opening a model began, and how long its parts took.
+pub struct OpenTimes {
+    pub begin: Instant,
+    pub file: Duration,
+    pub tokenizer: Duration,
 }
 
 impl Model {
-    /// Opens and checks everything that takes no device.
-    pub fn open(args: &ModelArgs, engine: &EngineArgs) -> Result<Self, Error> {
+    /// Opens and checks everything that takes no device, and lets the device open meanwhile.
+    pub fn open(args: &ModelArgs, engine: &EngineArgs, device: &DeviceArgs) -> Result<Self, Error> {
+        let begin = Instant::now();
         let file = open(args)?;
         let adapter = describe(&file)?;
         let (options, plan) = options(engine, &file, adapter.spec())?;
+        let file_time = begin.elapsed();
+        let device = Opening::start(device);
         let tokenizer = tokenizer(args, &file)?;
+        let times = OpenTimes { begin, file: file_time, tokenizer: begin.elapsed() - file_time };
         let (found, expected) = (tokenizer.n_vocab(), adapter.spec().n_vocab);
         if found > expected {
             let file = args.tokenizer.as_deref().map_or_else(|| name(&file), |path| path.display().to_string());
             return Err(Error::TokenizerTooLarge { file, found, expected });
         }
-        Ok(Self { file, tokenizer, adapter, options, plan })
+        Ok(Self { file, tokenizer, adapter, options, plan, device, times })
     }
 
     /// What the engine says, about this model.

@@ -4,10 +4,10 @@ use cuda_std::{LaunchError, Launcher, f16};
 
 use super::load::{DeviceWeights, Experts};
 use super::plan::{WorkspaceSizes, cache_len, rope};
-use super::{Error, Gelu, KvType, Options};
+use super::{Error, Gelu, KvType, LoadTimes, Options};
 use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, QkvSpec};
 use crate::device::ops::{self, AttentionShape, Cache, Epilogue, ExpertsMatrix, ExpertsWork};
-use crate::device::{self, Buffer, Graph, SharedDevice, View};
+use crate::device::{self, Arena, Buffer, Device, Graph, SharedDevice, View};
 
 /// A loaded model with one sequence of tokens.
 pub struct Engine {
@@ -21,10 +21,11 @@ pub struct Engine {
     /// What `tokens[0]` holds on the device, if known to the host.
     device_token: Option<u32>,
     has_logits: bool,
+    load_times: LoadTimes,
 }
 
 /// What a forward pass reads and writes.
-struct Model {
+pub(super) struct Model {
     device: SharedDevice,
     spec: ModelSpec,
     options: Options,
@@ -95,44 +96,75 @@ pub(super) fn new(
     spec: ModelSpec,
     options: Options,
     weights: DeviceWeights,
+    arena: &mut Arena,
 ) -> Result<Engine, Error> {
     let len = cache_len(&spec, &options);
-    let cache = || -> Result<LayerCache, device::Error> {
-        Ok(match options.kv {
-            KvType::F16 => LayerCache::F16(Buffer::new(&device, len)?, Buffer::new(&device, len)?),
-            KvType::F32 => LayerCache::F32(Buffer::new(&device, len)?, Buffer::new(&device, len)?),
-        })
+    let mut cache = || match options.kv {
+        KvType::F16 => LayerCache::F16(arena.buffer(len), arena.buffer(len)),
+        KvType::F32 => LayerCache::F32(arena.buffer(len), arena.buffer(len)),
     };
-    let caches = (0..spec.n_layer).map(|_| cache()).collect::<Result<Vec<_>, _>>()?;
+    let caches = (0..spec.n_layer).map(|_| cache()).collect();
     let sizes = WorkspaceSizes::new(&spec, &options);
     let positions = rope(&spec).map(|rope| rope.inverse_frequencies(options.yarn_truncate));
     let (radians, magnitude) = positions.unwrap_or_default();
     let frequencies: Vec<u64> = radians.into_iter().map(kernels::rope::frequency).collect();
     let work = Workspace {
-        tokens: Buffer::new(&device, sizes.tokens)?,
-        state: Buffer::new(&device, 1)?,
-        x: Buffer::new(&device, sizes.x)?,
-        normed: Buffer::new(&device, sizes.normed)?,
-        qkv: Buffer::new(&device, sizes.qkv)?,
-        attended: Buffer::new(&device, sizes.attended)?,
-        inner: Buffer::new(&device, sizes.inner)?,
-        logits: Buffer::new(&device, sizes.logits)?,
-        partial: Buffer::new(&device, sizes.partial)?,
-        best_logits: Buffer::new(&device, ops::ARGMAX_PARTS)?,
-        best_ids: Buffer::new(&device, ops::ARGMAX_PARTS)?,
-        router_logits: Buffer::new(&device, sizes.router_logits)?,
-        expert_ids: Buffer::new(&device, sizes.pairs)?,
-        expert_weights: Buffer::new(&device, sizes.pairs)?,
-        pairs: Buffer::new(&device, sizes.pairs)?,
-        tiles: Buffer::new(&device, sizes.tiles)?,
-        expert_out: Buffer::new(&device, sizes.expert_out)?,
-        frequencies: Buffer::from_slice(&device, &frequencies)?,
+        tokens: arena.buffer(sizes.tokens),
+        state: arena.buffer(1),
+        x: arena.buffer(sizes.x),
+        normed: arena.buffer(sizes.normed),
+        qkv: arena.buffer(sizes.qkv),
+        attended: arena.buffer(sizes.attended),
+        inner: arena.buffer(sizes.inner),
+        logits: arena.buffer(sizes.logits),
+        partial: arena.buffer(sizes.partial),
+        best_logits: arena.buffer(ops::ARGMAX_PARTS),
+        best_ids: arena.buffer(ops::ARGMAX_PARTS),
+        router_logits: arena.buffer(sizes.router_logits),
+        expert_ids: arena.buffer(sizes.pairs),
+        expert_weights: arena.buffer(sizes.pairs),
+        pairs: arena.buffer(sizes.pairs),
+        tiles: arena.buffer(sizes.tiles),
+        expert_out: arena.buffer(sizes.expert_out),
+        frequencies: arena.buffer(frequencies.len()),
     };
+    if !frequencies.is_empty() {
+        work.frequencies.write(0, &frequencies)?;
+    }
     let model = Model { device, spec, options, weights, caches, work, rope_magnitude: magnitude as f32 };
-    Ok(Engine { decode_graph: None, model, n_past: 0, device_position: None, device_token: None, has_logits: false })
+    Ok(Engine {
+        decode_graph: None,
+        model,
+        n_past: 0,
+        device_position: None,
+        device_token: None,
+        has_logits: false,
+        load_times: LoadTimes::default(),
+    })
 }
 
 impl Model {
+    pub fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+
+    pub fn weights(&self) -> &DeviceWeights {
+        &self.weights
+    }
+
+    /// Has the device make all kernels ready that steps launch.
+    pub fn preload(&self) -> Result<(), device::Error> {
+        let rows = self.work.tokens.len();
+        self.device.preload(&mut |launcher| {
+            // One token, two, and many each have their kernels.
+            for n_tokens in [1, 2.min(rows), rows] {
+                self.layers(launcher, n_tokens)?;
+            }
+            self.head(launcher, self.work.logits.view(), 0, 1)?;
+            self.choose(launcher, 1)
+        })
+    }
+
     /// `n_tokens` tokens from `work.tokens` through all layers; leaves the residual stream in `work.x` and their keys
     /// and values in the cache.
     fn layers(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
@@ -255,6 +287,19 @@ impl Model {
 }
 
 impl Engine {
+    pub(super) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    pub(super) fn set_load_times(&mut self, times: LoadTimes) {
+        self.load_times = times;
+    }
+
+    /// How long loading took.
+    pub fn load_times(&self) -> LoadTimes {
+        self.load_times
+    }
+
     /// What it runs.
     pub fn spec(&self) -> &ModelSpec {
         &self.model.spec

@@ -4,17 +4,19 @@ use std::fmt;
 
 use super::{Error, KvType, Options};
 use crate::adapter::{FfnSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec, TensorId};
-use crate::device::{MemoryInfo, ops};
+use crate::device::{ops, padded};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::weights::Packing;
 
-/// Bytes of device memory by purpose. Exact: the engine allocates these numbers.
+/// Bytes of device memory by purpose, each buffer's padding included. Exact: the engine makes one allocation of their sum.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// Weights by type in the file, largest first. Norms and biases, decoded to f32, count as F32.
     pub weights: Vec<(TensorType, u64)>,
-    /// Keys and values of the whole context, all layers.
-    pub kv_cache: u64,
+    /// Keys and values of the layers that attend to the whole context.
+    pub kv_full: u64,
+    /// Keys and values of the layers that attend to a window of it.
+    pub kv_sliding: u64,
     /// Activations of one prompt chunk, logits, and attention's partial results.
     pub workspace: u64,
 }
@@ -64,9 +66,9 @@ impl WorkspaceSizes {
     fn n_bytes(&self) -> u64 {
         let dense = [self.tokens, self.x, self.normed, self.qkv, self.attended, self.inner, self.logits, self.partial];
         // Choices, their weights and the sorted list are `pairs` each; a frequency is two words, the position one.
-        let others = [self.router_logits, 3 * self.pairs, self.tiles, self.expert_out, 2 * self.frequencies, 1];
-        let argmax = 2 * ops::ARGMAX_PARTS;
-        dense.iter().chain(&others).chain(&[argmax]).map(|&words| 4 * words as u64).sum()
+        let experts = [self.router_logits, self.pairs, self.pairs, self.pairs, self.tiles, self.expert_out];
+        let others = [2 * self.frequencies, 1, ops::ARGMAX_PARTS, ops::ARGMAX_PARTS];
+        dense.iter().chain(&experts).chain(&others).map(|&words| padded(4 * words) as u64).sum()
     }
 }
 
@@ -172,7 +174,7 @@ impl MemoryPlan {
             if parts.iter().any(|part| tensors[part.0].ty != tensor.ty) {
                 return Err(Error::NotYetRunnable { what: "queries, keys and values of different types" });
             }
-            add(tensor.ty, packing(tensor, n_in, n_out)?.n_bytes() as u64);
+            add(tensor.ty, padded(packing(tensor, n_in, n_out)?.n_bytes()) as u64);
         }
         for layer in &spec.layers {
             if let FfnSpec::MixtureOfExperts { gate, up, .. } = &layer.ffn
@@ -183,15 +185,21 @@ impl MemoryPlan {
         }
         for (experts, n_expert) in super::experts(spec) {
             let tensor = &tensors[experts.weight.0];
-            add(tensor.ty, (n_expert * packing(tensor, experts.n_in, experts.n_out)?.n_bytes()) as u64);
+            add(tensor.ty, padded(n_expert * packing(tensor, experts.n_in, experts.n_out)?.n_bytes()) as u64);
         }
-        for id in vectors(spec).into_iter().flatten() {
-            add(TensorType::F32, 4 * tensors[id.0].n_elements());
+        for parts in vectors(spec) {
+            let n_elements: u64 = parts.iter().map(|part| tensors[part.0].n_elements()).sum();
+            add(TensorType::F32, padded(4 * n_elements as usize) as u64);
         }
         by_type.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
 
-        let kv_cache = (2 * spec.n_layer * cache_len(spec, options) * options.kv.n_bytes()) as u64;
-        Ok(Self { weights: by_type, kv_cache, workspace: WorkspaceSizes::new(spec, options).n_bytes() })
+        let (mut kv_full, mut kv_sliding) = (0, 0);
+        for layer in &spec.layers {
+            let bytes = 2 * padded(cache_len(spec, options) * options.kv.n_bytes()) as u64;
+            *(if layer.attention.window.is_some() { &mut kv_sliding } else { &mut kv_full }) += bytes;
+        }
+        let workspace = WorkspaceSizes::new(spec, options).n_bytes();
+        Ok(Self { weights: by_type, kv_full, kv_sliding, workspace })
     }
 
     /// All weights.
@@ -199,9 +207,14 @@ impl MemoryPlan {
         self.weights.iter().map(|&(_, bytes)| bytes).sum()
     }
 
+    /// Keys and values of all layers.
+    pub fn kv_cache(&self) -> u64 {
+        self.kv_full + self.kv_sliding
+    }
+
     /// Everything.
     pub fn total(&self) -> u64 {
-        self.weight_bytes() + self.kv_cache + self.workspace
+        self.weight_bytes() + self.kv_cache() + self.workspace
     }
 
     /// The largest context whose plan fits `budget` bytes, or `None` if not even one token does.
@@ -219,28 +232,17 @@ impl MemoryPlan {
         (low > 0).then_some(low)
     }
 
-    /// Whether it fits what the device has free.
+    /// Whether it fits `free` bytes.
     ///
     /// # Errors
     ///
     /// [`Error::DoesNotFit`] with the numbers and the largest context that would.
-    pub fn check(
-        &self,
-        spec: &ModelSpec,
-        tensors: &[TensorInfo],
-        options: &Options,
-        memory: MemoryInfo,
-    ) -> Result<(), Error> {
-        if self.total() <= memory.free {
+    pub fn check(&self, spec: &ModelSpec, tensors: &[TensorInfo], options: &Options, free: u64) -> Result<(), Error> {
+        if self.total() <= free {
             return Ok(());
         }
-        let largest = Self::largest_context(spec, tensors, options, memory.free);
-        Err(Error::DoesNotFit {
-            needed: self.total(),
-            free: memory.free,
-            n_ctx: options.n_ctx,
-            advice: Advice(largest),
-        })
+        let largest = Self::largest_context(spec, tensors, options, free);
+        Err(Error::DoesNotFit { needed: self.total(), free, n_ctx: options.n_ctx, advice: Advice(largest) })
     }
 }
 
