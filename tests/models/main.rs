@@ -4,5 +4,7 @@
 
 mod engine;
 mod memory;
+mod mutations;
 mod reference;
+mod regression;
 mod rewind;
