@@ -224,14 +224,14 @@ impl Sampler {
         Ok(Sampled { id, logprob: logprob(logits[id as usize]), top })
     }
 
-    /// Whether [`sample_likeliest`](Self::sample_likeliest) can do for [`sample`](Self::sample): a top-k, a temperature, and
+    /// Whether [`sample_likeliest`](Self::sample_likeliest) can do for [`sample`](Self::sample): a top-k or temperature 0, and
     /// nothing that changes logits other than to ban tokens.
     pub fn takes_likeliest(&self) -> bool {
         let options = &self.options;
         let penalizes =
             options.repeat_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0;
         let bans = self.bias.iter().all(|&(_, bias)| bias == f32::NEG_INFINITY);
-        options.temp > 0.0 && options.top_k > 0 && options.n_probs == 0 && bans && !penalizes
+        (options.temp == 0.0 || options.top_k > 0) && options.n_probs == 0 && bans && !penalizes
     }
 
     /// As [`sample`](Self::sample), from the likeliest tokens alone: the same token for the same random stream, without its
@@ -247,7 +247,7 @@ impl Sampler {
     pub fn sample_likeliest(&mut self, likeliest: &Likeliest) -> Result<Option<Sampled>, Error> {
         assert!(self.takes_likeliest(), "options that need all logits");
         let SamplerOptions { temp, top_k, top_p, min_p, .. } = self.options;
-        let top_k = top_k as usize;
+        let top_k = if temp == 0.0 { 1 } else { top_k as usize };
         let candidates = &mut self.candidates;
         candidates.clear();
         for (&id, &logit) in likeliest.ids.iter().zip(&likeliest.logits) {
@@ -269,9 +269,12 @@ impl Sampler {
                 return Ok(None);
             }
         }
-        let Some(&Candidate { logit: max, .. }) = candidates.first() else {
+        let Some(&Candidate { id, logit: max }) = candidates.first() else {
             return Err(Error::NoCandidate { n_vocab: self.n_vocab });
         };
+        if temp == 0.0 {
+            return Ok(Some(Sampled { id, logprob: f32::NAN, top: Vec::new() }));
+        }
         let id = filter_and_pick(candidates, max, [top_p, min_p, temp], uniform(&mut self.rng));
         let id = id.ok_or(Error::NoCandidate { n_vocab: self.n_vocab })?;
         Ok(Some(Sampled { id, logprob: f32::NAN, top: Vec::new() }))

@@ -3,8 +3,8 @@ use std::sync::Arc;
 use cuda_std::emulator::Mode;
 use gamma_tests::{engine_device, models};
 use gpt_gamma::adapter::{InferenceAdapter, detect};
-use gpt_gamma::device::{Device, Emulated, SharedDevice};
-use gpt_gamma::engine::{Engine, Error, Gelu, KvType, MemoryPlan, Options};
+use gpt_gamma::device::{Emulated, SharedDevice};
+use gpt_gamma::engine::{Engine, Error, Gelu, Options};
 use gpt_gamma::model_file::ModelFile;
 
 use crate::reference::relative_error;
@@ -132,45 +132,6 @@ fn bad_tokens_and_options_are_refused_with_both_numbers() {
     assert!(matches!(refused(|o| o.n_ctx = 513), Error::Context { wanted: 513, limit: 512 }));
     assert!(matches!(refused(|o| o.n_ctx = 0), Error::Context { wanted: 0, limit: 512 }));
     assert!(matches!(refused(|o| o.n_batch = 0), Error::Batch));
-}
-
-#[test]
-fn the_plan_is_what_is_allocated() {
-    let file = model();
-    let adapter = detect(file.metadata(), file.tensors()).unwrap();
-    for (n_ctx, kv) in [(1, KvType::F16), (96, KvType::F16), (512, KvType::F32)] {
-        let options = Options { n_ctx, kv, ..Options::for_model(adapter.spec()) };
-        let plan = MemoryPlan::new(adapter.spec(), file.tensors(), &options).unwrap();
-        let device = Arc::new(Emulated::with_limit(Mode::Fast, 1 << 30));
-        let before = device.memory().unwrap().free;
-        let engine = Engine::load(device.clone(), &file, adapter.spec(), options, &mut |_, _| {}).unwrap();
-        assert_eq!(before - device.memory().unwrap().free, plan.total());
-        drop(engine);
-        assert_eq!(device.memory().unwrap().free, before);
-    }
-}
-
-#[test]
-fn the_memory_limit_is_exact_from_both_sides_and_names_the_largest_context() {
-    let file = model();
-    let adapter = detect(file.metadata(), file.tensors()).unwrap();
-    let options = Options { n_ctx: 200, ..Options::for_model(adapter.spec()) };
-    let total = MemoryPlan::new(adapter.spec(), file.tensors(), &options).unwrap().total();
-    let load = |limit, options: &Options| {
-        let device = Arc::new(Emulated::with_limit(Mode::Fast, limit));
-        Engine::load(device, &file, adapter.spec(), options.clone(), &mut |_, _| {})
-    };
-    assert!(load(total, &options).is_ok());
-    let Err(Error::DoesNotFit { needed, free, n_ctx: 200, advice }) = load(total - 1, &options) else {
-        panic!("one byte too few was not refused");
-    };
-    assert_eq!((needed, free), (total, total - 1));
-    let largest = advice.0.unwrap();
-    assert!(largest < 200);
-    assert!(load(total - 1, &Options { n_ctx: largest, ..options.clone() }).is_ok());
-    assert!(load(total - 1, &Options { n_ctx: largest + 1, ..options.clone() }).is_err());
-    let Err(Error::DoesNotFit { advice, .. }) = load(1000, &options) else { panic!("1000 bytes sufficed") };
-    assert_eq!(advice.0, None);
 }
 
 #[test]

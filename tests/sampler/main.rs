@@ -413,10 +413,11 @@ proptest! {
         top_p in 0.3f32..1.0,
         banned in prop::collection::vec(0u32..300, 0..40),
         part in 16usize..80,
+        temp in prop_oneof![Just(0.0f32), 0.5f32..2.0],
         seed: u64,
     ) {
         let bans = banned.iter().filter(|&&id| (id as usize) < logits.len()).map(|&id| (id, f32::NEG_INFINITY));
-        let options = SamplerOptions { top_k, top_p, seed: Some(seed), logit_bias: bans.collect(), ..plain() };
+        let options = SamplerOptions { top_k, top_p, temp, seed: Some(seed), logit_bias: bans.collect(), ..plain() };
         let mut by_all = sampler(options.clone(), logits.len());
         let mut by_likeliest = sampler(options, logits.len());
         let likeliest = likeliest(&logits, part, 16);
@@ -456,7 +457,7 @@ fn likeliest_tokens_will_not_do_where_logits_change() {
     assert!(!takes(SamplerOptions { logit_bias: vec![(3, -1.0)], ..fits.clone() }));
     assert!(!takes(SamplerOptions { repeat_penalty: 1.1, ..fits.clone() }));
     assert!(!takes(SamplerOptions { n_probs: 1, ..fits.clone() }));
-    assert!(!takes(SamplerOptions { temp: 0.0, ..fits.clone() }));
+    assert!(takes(SamplerOptions { temp: 0.0, top_k: 0, ..fits.clone() }));
     assert!(!takes(SamplerOptions { top_k: 0, ..fits }));
     let nan = Likeliest { per_part: 1, ids: vec![7], logits: vec![f32::NAN] };
     let options = SamplerOptions { top_k: 4, ..plain() };

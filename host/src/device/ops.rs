@@ -725,6 +725,9 @@ pub fn n_likeliest(n_vocab: usize) -> usize {
     (candidates::n_parts(n_vocab as u32) * candidates::KEPT) as usize
 }
 
+/// How many candidates [`likeliest`] gives of each part.
+pub const LIKELIEST_PER_PART: usize = candidates::KEPT as usize;
+
 /// The 64 largest of each part of the logits, and their ids.
 ///
 /// # Errors
