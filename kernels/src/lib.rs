@@ -20,6 +20,7 @@ pub mod gelu;
 pub mod layer_norm;
 pub mod matmul;
 pub mod matvec;
+pub mod probe;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
@@ -44,4 +45,5 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     experts::sort::ENTRIES,
     experts::decode::ENTRIES,
     experts::prefill::ENTRIES,
+    probe::ENTRIES,
 ];

@@ -5,26 +5,40 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cuda_std::emulator::Mode;
+use gpt_gamma::adapter::ModelSpec;
 use gpt_gamma::device::{Cuda, CudaOptions, Emulated, Error as DeviceError, SharedDevice};
-use gpt_gamma::engine::Engine;
+use gpt_gamma::engine::{Engine, Options};
+use gpt_gamma::model_file::ModelFile;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args::{DeviceArgs, DeviceChoice};
 use super::error::{Error, escape};
-use super::model::Model;
+use super::model::{self, Model};
 use super::{note, plan};
+
+/// Where models run.
+pub struct Machine {
+    pub device: SharedDevice,
+    /// The same as a GPU; `None` if it is the emulator.
+    pub gpu: Option<Arc<Cuda>>,
+}
 
 /// Opens the device that `args` ask for. Says so if that is the emulator for want of a GPU.
 pub fn device(args: &DeviceArgs) -> Result<SharedDevice, Error> {
+    Ok(machine(args)?.device)
+}
+
+/// As [`device`], and tells what it is.
+pub fn machine(args: &DeviceArgs) -> Result<Machine, Error> {
     if args.device == DeviceChoice::Cpu {
-        return Ok(emulated(args));
+        return Ok(Machine { device: emulated(args), gpu: None });
     }
-    match cuda(args) {
-        Ok(device) => Ok(device),
+    match open_gpu(args) {
+        Ok(gpu) => Ok(Machine { device: Arc::<Cuda>::clone(&gpu), gpu: Some(gpu) }),
         Err(DeviceError::NoDevice { reason }) if is_open(args) => {
             let device = emulated(args);
             note(&escape(&format!("no CUDA device ({reason}): running the kernels in the {}", device.name())));
-            Ok(device)
+            Ok(Machine { device, gpu: None })
         }
         Err(error) => Err(error.into()),
     }
@@ -32,8 +46,12 @@ pub fn device(args: &DeviceArgs) -> Result<SharedDevice, Error> {
 
 /// Opens the GPU that `args` name.
 pub fn cuda(args: &DeviceArgs) -> Result<SharedDevice, DeviceError> {
-    let options = CudaOptions { ordinal: args.gpu.unwrap_or(0), ptx: args.ptx, vram_limit: args.vram_limit };
-    Ok(Arc::new(Cuda::new(options)?))
+    Ok(open_gpu(args)?)
+}
+
+fn open_gpu(args: &DeviceArgs) -> Result<Arc<Cuda>, DeviceError> {
+    let (ordinal, ptx, vram_limit) = (args.gpu.unwrap_or(0), args.ptx, args.vram_limit);
+    Ok(Arc::new(Cuda::new(CudaOptions { ordinal, ptx, vram_limit, ..CudaOptions::default() })?))
 }
 
 /// The emulator, as if with the memory that `args` state.
@@ -59,17 +77,28 @@ pub fn load(model: &Model, args: &DeviceArgs, stats: bool) -> Result<Engine, Err
         let _ = write!(stderr(), "{}", plan::table(&model.plan, model.options.n_ctx, Some(&budget)));
     }
     let start = Instant::now();
+    let engine = load_weights(device, &model.file, model.spec(), &model.options)?;
+    if stats {
+        let _ = writeln!(stderr(), "loaded in {:.2} s", start.elapsed().as_secs_f64());
+    }
+    Ok(engine)
+}
+
+/// Loads the weights of a model that needs no tokenizer.
+pub fn load_weights(
+    device: SharedDevice,
+    file: &ModelFile,
+    spec: &ModelSpec,
+    options: &Options,
+) -> Result<Engine, Error> {
     let bar = bar("loading", "{bytes}/{total_bytes}");
     let mut progress = |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let engine = Engine::load(device, &model.file, model.spec(), model.options.clone(), &mut progress);
-    let engine = engine.map_err(|error| model.engine_error(error))?;
+    let engine = Engine::load(device, file, spec, options.clone(), &mut progress);
+    let engine = engine.map_err(|error| model::engine_error(file, error))?;
     bar.finish_and_clear();
-    if stats {
-        let _ = writeln!(stderr(), "loaded in {:.2} s", start.elapsed().as_secs_f64());
-    }
     Ok(engine)
 }
 

@@ -6,6 +6,7 @@
 mod forward;
 mod load;
 mod plan;
+mod traffic;
 
 use crate::adapter::{ExpertsSpec, FfnSpec, LinearSpec, ModelSpec};
 use crate::device::{self, SharedDevice};
@@ -15,6 +16,7 @@ use crate::weights;
 
 pub use forward::Engine;
 pub use plan::{Advice, MemoryPlan};
+pub use traffic::decode_bytes;
 
 /// Element type of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
