@@ -81,7 +81,7 @@ pub struct CudaOptions {
     /// Bytes to act as if the device had no more; default all it has.
     pub vram_limit: Option<u64>,
     /// Whether kernels may be launched before those ahead of them have ended, where the PTX build is made for it; default
-    /// true. [`NO_PDL`] overrides it.
+    /// true. The environment variable `GAMMA_NO_PDL` overrides it.
     pub programmatic: bool,
 }
 
