@@ -22,6 +22,7 @@ pub mod gelu;
 pub mod layer_norm;
 pub mod matmul;
 pub mod matvec;
+pub mod probe;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
@@ -49,4 +50,5 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     experts::decode::ENTRIES,
     experts::prefill::ENTRIES,
     experts::token::ENTRIES,
+    probe::ENTRIES,
 ];

@@ -12,6 +12,7 @@ mod gelu;
 mod layer_norm;
 mod matmul;
 mod matvec;
+mod probe;
 mod rms_norm;
 mod rope;
 mod router;

@@ -6,26 +6,44 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use cuda_std::emulator::Mode;
+use gpt_gamma::adapter::ModelSpec;
 use gpt_gamma::device::{Cuda, CudaOptions, Emulated, Error as DeviceError, SharedDevice};
-use gpt_gamma::engine::Engine;
+use gpt_gamma::engine::{Engine, Options};
+use gpt_gamma::model_file::ModelFile;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args::{DeviceArgs, DeviceChoice};
 use super::error::{Error, escape};
-use super::model::Model;
+use super::model::{self, Model};
 use super::{note, plan};
+
+/// Where models run.
+pub struct Machine {
+    pub device: SharedDevice,
+    /// The same as a GPU; `None` if it is the emulator.
+    pub gpu: Option<Arc<Cuda>>,
+}
+
+/// Opens the device that `args` ask for, and tells what it is. Says so if that is the emulator for want of a GPU.
+pub fn machine(args: &DeviceArgs) -> Result<Machine, Error> {
+    Ok(Opening::start(args).machine(args)?.0)
+}
 
 /// A device that is opened on another thread: a GPU takes about as long as a tokenizer of 200,000 tokens.
 pub struct Opening(Mutex<Option<JoinHandle<Opened>>>);
 
-type Opened = (Result<SharedDevice, DeviceError>, Duration);
+type Opened = (Result<Machine, DeviceError>, Duration);
 
 impl Opening {
     /// Begins to open what `args` ask for.
     pub fn start(args: &DeviceArgs) -> Self {
         let (is_cpu, limit, options) = (args.device == DeviceChoice::Cpu, args.vram_limit, cuda_options(args));
-        let open = move || -> Result<SharedDevice, DeviceError> {
-            Ok(if is_cpu { emulator(limit) } else { Arc::new(Cuda::new(options)?) })
+        let open = move || -> Result<Machine, DeviceError> {
+            if is_cpu {
+                return Ok(Machine { device: emulator(limit), gpu: None });
+            }
+            let gpu = Arc::new(Cuda::new(options)?);
+            Ok(Machine { device: Arc::<Cuda>::clone(&gpu), gpu: Some(gpu) })
         };
         let thread = thread::spawn(move || {
             let start = Instant::now();
@@ -35,14 +53,14 @@ impl Opening {
     }
 
     /// The device, once it is open, and how long that took; can be had once. Says so if it is the emulator for want of a GPU.
-    fn device(&self, args: &DeviceArgs) -> Result<(SharedDevice, Duration), Error> {
+    fn machine(&self, args: &DeviceArgs) -> Result<(Machine, Duration), Error> {
         let (opened, seconds) = self.join().expect("a model is loaded once");
         match opened {
-            Ok(device) => Ok((device, seconds)),
+            Ok(machine) => Ok((machine, seconds)),
             Err(DeviceError::NoDevice { reason }) if is_open(args) => {
                 let device = emulated(args);
                 note(&escape(&format!("no CUDA device ({reason}): running the kernels in the {}", device.name())));
-                Ok((device, seconds))
+                Ok((Machine { device, gpu: None }, seconds))
             }
             Err(error) => Err(error.into()),
         }
@@ -67,7 +85,8 @@ pub fn cuda(args: &DeviceArgs) -> Result<SharedDevice, DeviceError> {
 }
 
 fn cuda_options(args: &DeviceArgs) -> CudaOptions {
-    CudaOptions { ordinal: args.gpu.unwrap_or(0), ptx: args.ptx, vram_limit: args.vram_limit }
+    let (ordinal, ptx, vram_limit) = (args.gpu.unwrap_or(0), args.ptx, args.vram_limit);
+    CudaOptions { ordinal, ptx, vram_limit, ..CudaOptions::default() }
 }
 
 /// The emulator, as if with the memory that `args` state.
@@ -91,20 +110,13 @@ pub fn talks(stats: bool) -> bool {
 
 /// Shows the memory plan if `stats`, then loads the weights of `model`, and shows where the time went.
 pub fn load(model: &Model, args: &DeviceArgs, stats: bool) -> Result<Engine, Error> {
-    let (device, device_time) = model.device.device(args)?;
+    let (Machine { device, .. }, device_time) = model.device.machine(args)?;
     if stats {
         let budget = plan::Budget::of(&*device, args)?;
         let _ = write!(stderr(), "{}", plan::table(&model.plan, model.options.n_ctx, Some(&budget)));
     }
     let start = Instant::now();
-    let bar = bar("loading", "{bytes}/{total_bytes}");
-    let mut progress = |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    };
-    let engine = Engine::load(Arc::clone(&device), &model.file, model.spec(), model.options.clone(), &mut progress);
-    let engine = engine.map_err(|error| model.engine_error(error))?;
-    bar.finish_and_clear();
+    let engine = load_weights(SharedDevice::clone(&device), &model.file, model.spec(), &model.options)?;
     if stats {
         let seconds = |time: Duration| format!("{:.2} s", time.as_secs_f64());
         let (opened, loaded) = (&model.times, engine.load_times());
@@ -118,6 +130,24 @@ pub fn load(model: &Model, args: &DeviceArgs, stats: bool) -> Result<Engine, Err
         let (planned, since) = (model.plan.total(), device.memory()?.since);
         let _ = writeln!(err, "taken      {planned} bytes as planned, {since} as the device reports");
     }
+    Ok(engine)
+}
+
+/// Loads the weights of a model that needs no tokenizer.
+pub fn load_weights(
+    device: SharedDevice,
+    file: &ModelFile,
+    spec: &ModelSpec,
+    options: &Options,
+) -> Result<Engine, Error> {
+    let bar = bar("loading", "{bytes}/{total_bytes}");
+    let mut progress = |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let engine = Engine::load(device, file, spec, options.clone(), &mut progress);
+    let engine = engine.map_err(|error| model::engine_error(file, error))?;
+    bar.finish_and_clear();
     Ok(engine)
 }
 

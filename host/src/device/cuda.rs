@@ -75,7 +75,7 @@ impl PtxBuild {
 pub const NO_PDL: &str = "GAMMA_NO_PDL";
 
 /// What to open.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
     /// The device's number as the driver counts; default 0.
     pub ordinal: u32,
@@ -83,11 +83,22 @@ pub struct CudaOptions {
     pub ptx: Option<PtxBuild>,
     /// Bytes to act as if the device had no more; default all it has.
     pub vram_limit: Option<u64>,
+    /// Whether kernels may be launched before those ahead of them have ended, where the PTX build is made for it; default
+    /// true. The environment variable `GAMMA_NO_PDL` overrides it.
+    pub programmatic: bool,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self { ordinal: 0, ptx: None, vram_limit: None, programmatic: true }
+    }
 }
 
 /// One GPU, with a stream of its own.
 pub struct Cuda {
-    name: String,
+    card: String,
+    ptx: PtxBuild,
+    n_sm: u32,
     limit: u64,
     used: AtomicU64,
     /// Bytes taken when it was opened.
@@ -242,18 +253,19 @@ impl Cuda {
             let device = CudaDevice::get_device(options.ordinal)?;
             let major = device.get_attribute(DeviceAttribute::ComputeCapabilityMajor)?;
             let minor = device.get_attribute(DeviceAttribute::ComputeCapabilityMinor)?;
-            Ok((device, device.name()?, (major, minor)))
+            let n_sm = device.get_attribute(DeviceAttribute::MultiprocessorCount)?;
+            Ok((device, device.name()?, (major, minor), n_sm as u32))
         };
-        let (device, name, capability) = open().map_err(failed("opening the device"))?;
+        let (device, card, capability, n_sm) = open().map_err(failed("opening the device"))?;
         if capability.0 < 8 {
             let (major, minor) = capability;
-            let reason = format!("{name} has compute capability {major}.{minor}, 8.0 or later is needed");
+            let reason = format!("{card} has compute capability {major}.{minor}, 8.0 or later is needed");
             return Err(Error::NoDevice { reason });
         }
         let ptx = options.ptx.unwrap_or(if capability == (9, 0) { PtxBuild::Sm90a } else { PtxBuild::Sm80 });
         if ptx == PtxBuild::Sm90a && capability != (9, 0) {
             let (major, minor) = capability;
-            let reason = format!("PTX sm_90a runs on compute capability 9.0 only, {name} has {major}.{minor}");
+            let reason = format!("PTX sm_90a runs on compute capability 9.0 only, {card} has {major}.{minor}");
             return Err(Error::NoDevice { reason });
         }
         let load = || -> Result<_, cuda_loader::Error> {
@@ -261,15 +273,30 @@ impl Cuda {
             CurrentContext::set_current(&context)?;
             let kernels = Kernels::of(ptx.text());
             let stream = Stream::new(StreamFlags::NON_BLOCKING, None)?;
-            let programmatic = ptx == PtxBuild::Sm90a && env::var_os(NO_PDL).is_none_or(|value| value == "0");
+            let allowed = options.programmatic && env::var_os(NO_PDL).is_none_or(|value| value == "0");
+            let programmatic = allowed && ptx == PtxBuild::Sm90a;
             let (free, total) = cuda_loader::memory_info()?;
             let last_kernel = Mutex::new("none");
             Ok((Inner { programmatic, kernels, stream, context, last_kernel }, (total - free) as u64))
         };
         let (inner, before) = load().map_err(failed("opening the context"))?;
-        let name = format!("{name} ({} PTX)", ptx.name());
         let (limit, used) = (options.vram_limit.unwrap_or(u64::MAX), AtomicU64::new(0));
-        Ok(Self { name, limit, used, before, inner: Arc::new(inner) })
+        Ok(Self { card, ptx, n_sm, limit, used, before, inner: Arc::new(inner) })
+    }
+
+    /// The card's name.
+    pub fn card(&self) -> &str {
+        &self.card
+    }
+
+    /// Which PTX build it runs.
+    pub fn ptx(&self) -> PtxBuild {
+        self.ptx
+    }
+
+    /// How many multiprocessors it has.
+    pub fn n_sm(&self) -> u32 {
+        self.n_sm
     }
 
     /// An event behind what was launched so far: the time between two of them is the device's own for what lies between.
@@ -283,6 +310,19 @@ impl Cuda {
             let event = Event::new(EventFlags::DEFAULT)?;
             event.record(&self.inner.stream)?;
             Ok(event)
+        })
+    }
+
+    /// Nanoseconds on the device from `start` until all that was launched since is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Driver`] if the driver fails, earlier kernels' faults included.
+    pub fn nanoseconds_since(&self, start: &Event) -> Result<f64, Error> {
+        let end = self.mark()?;
+        self.inner.run("event", || {
+            end.synchronize()?;
+            Ok(f64::from(end.elapsed_time_f32(start)?) * 1e6)
         })
     }
 }
@@ -335,7 +375,7 @@ impl Launcher for Cuda {
 
 impl Device for Cuda {
     fn name(&self) -> String {
-        self.name.clone()
+        format!("{} ({} PTX)", self.card, self.ptx.name())
     }
 
     fn memory(&self) -> Result<MemoryInfo, Error> {

@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "launches kernels and owns device memory")]
 
 mod buffer;
+mod ceiling;
 mod cuda;
 mod emulated;
 pub mod ops;
@@ -17,6 +18,7 @@ use cuda_std::emulator::MemoryError;
 use cuda_std::{LaunchError, Launcher};
 
 pub use buffer::{Arena, Buffer, Plain, View, padded};
+pub use ceiling::{StreamShape, read_bandwidth, stream_read};
 pub use cuda::{Cuda, CudaOptions, PtxBuild};
 pub use emulated::Emulated;
 pub use upload::{Segment, Staging, upload};

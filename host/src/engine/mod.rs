@@ -7,6 +7,7 @@ mod forward;
 mod load;
 mod plan;
 pub mod ring;
+mod traffic;
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use crate::weights;
 
 pub use forward::Engine;
 pub use plan::{Advice, MemoryPlan};
+pub use traffic::decode_bytes;
 
 /// Element type of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
