@@ -44,4 +44,5 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     experts::sort::ENTRIES,
     experts::decode::ENTRIES,
     experts::prefill::ENTRIES,
+    experts::grouped::ENTRIES,
 ];

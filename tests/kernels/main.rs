@@ -6,6 +6,7 @@ mod argmax;
 mod attention;
 mod embed;
 mod experts;
+mod experts_grouped;
 mod gelu;
 mod layer_norm;
 mod matmul;
