@@ -51,4 +51,5 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     experts::prefill::ENTRIES,
     experts::token::ENTRIES,
     probe::ENTRIES,
+    experts::grouped::ENTRIES,
 ];

@@ -7,6 +7,7 @@ mod attention;
 mod candidates;
 mod embed;
 mod experts;
+mod experts_grouped;
 mod experts_token;
 mod gelu;
 mod layer_norm;

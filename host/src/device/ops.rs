@@ -6,7 +6,7 @@
 use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
 use kernels::attention::token::{grouped, partial_len, single};
 use kernels::attention::{kv_append, prefill};
-use kernels::experts::{decode as one, prefill as many, sort, token as token_experts};
+use kernels::experts::{decode as one, grouped as grouped_experts, prefill as many, sort, token as token_experts};
 use kernels::format::WeightFormat;
 use kernels::{
     argmax as argmax_kernel, candidates, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
@@ -615,6 +615,84 @@ pub fn experts(
         sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids)?;
         many::run_gate_up(first, launcher, h, gate.0, up.0, gate.1, up.1, x, pairs, tiles, e, n, d, f)?;
         many::run_down(second, launcher, y, down.0, down.1, h, pairs, tiles, e, f, d)?;
+        many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
+    }
+}
+
+/// Whether [`experts_rows`] takes experts of these formats and widths.
+pub fn experts_rows_take(first: WeightFormat, second: WeightFormat, d_model: usize, d_ff: usize) -> bool {
+    first == WeightFormat::Mxfp4 && second == first && d_model.max(d_ff) <= grouped_experts::MAX_IN as usize
+}
+
+/// What the experts of a layer are, and where the work of [`experts_rows`] goes.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub struct ExpertsRowsWork<'a> {
+    pub n_expert: usize,
+    pub n_used: usize,
+    pub d_model: usize,
+    pub d_ff: usize,
+    /// `[n_tokens, n_used]`, and so the next two: the choices of [`route`].
+    pub ids: View<'a, u32>,
+    pub weights: View<'a, f32>,
+    pub pairs: View<'a, u32>,
+    /// [`expert_tiles_len`].
+    pub tiles: View<'a, u32>,
+    /// `[n_tokens · n_used, d_ff]`.
+    pub h: View<'a, f16>,
+    /// `[n_tokens · n_used, d_model]`.
+    pub y: View<'a, f32>,
+}
+
+/// `out[t] += Σₛ weights[t, s] · down(swiglu(gate(r[t] x[t]), up(r[t] x[t])))` for activations in f16, r being `row_factor`
+/// or 1. For formats and widths that [`experts_rows_take`] names.
+///
+/// # Errors
+///
+/// Those of the launches.
+#[allow(clippy::too_many_arguments, reason = "what goes in and what comes out")]
+pub fn experts_rows(
+    launcher: &dyn Launcher,
+    work: &ExpertsRowsWork,
+    out: View<f32>,
+    x: View<f16>,
+    row_factor: Option<View<f32>>,
+    gate: ExpertsMatrix,
+    up: ExpertsMatrix,
+    down: ExpertsMatrix,
+) -> Result<(), LaunchError> {
+    let (n_pairs, n_tokens) = (work.ids.len(), x.len() / work.d_model);
+    assert_eq!((out.len(), x.len(), n_pairs), (x.len(), n_tokens * work.d_model, n_tokens * work.n_used), "lengths");
+    assert!(row_factor.is_none_or(|factor| factor.len() == n_tokens), "row factors");
+    assert_eq!((work.h.len(), work.y.len()), (n_pairs * work.d_ff, n_pairs * work.d_model), "work lengths");
+    let tiles_len = tiles_len(n_pairs, work.n_expert, grouped_experts::TILE_PAIRS);
+    assert_eq!((work.weights.len(), work.pairs.len()), (n_pairs, n_pairs), "lists");
+    assert!(work.tiles.len() >= tiles_len, "tiles");
+    assert!(
+        experts_rows_take(gate.format, down.format, work.d_model, work.d_ff) && up.format == gate.format,
+        "formats"
+    );
+    let check = |matrix: ExpertsMatrix, n_in: usize, n_out: usize| {
+        let bytes = work.n_expert * matrix.format.layout().planes(n_in, n_out).end;
+        assert_eq!((matrix.packed.len(), matrix.bias.len()), (bytes, work.n_expert * n_out), "expert lengths");
+    };
+    check(gate, work.d_model, work.d_ff);
+    check(up, work.d_model, work.d_ff);
+    check(down, work.d_ff, work.d_model);
+    let (gate, up, down) = (
+        (gate.packed.slice(), gate.bias.slice()),
+        (up.packed.slice(), up.bias.slice()),
+        (down.packed.slice(), down.bias.slice()),
+    );
+    let (d, f, e, n) = (work.d_model as u32, work.d_ff as u32, work.n_expert as u32, work.n_used as u32);
+    let (out, x, h, y) = (out.slice(), x.slice(), work.h.slice(), work.y.slice());
+    let (ids, weights, pairs) = (work.ids.slice(), work.weights.slice(), work.pairs.slice());
+    let (tiles, factor) = (work.tiles.slice().slice(0..tiles_len), optional(row_factor));
+    // SAFETY: as in `embed`.
+    unsafe {
+        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids, grouped_experts::TILE_PAIRS)?;
+        grouped_experts::run_gate_up(launcher, h, gate.0, up.0, gate.1, up.1, x, factor, pairs, tiles, n, d, f)?;
+        grouped_experts::run_down(launcher, y, down.0, down.1, h, pairs, tiles, f, d)?;
         many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
     }
 }
