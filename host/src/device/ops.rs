@@ -530,9 +530,13 @@ pub struct ExpertsWork<'a> {
     pub y: View<'a, f32>,
 }
 
-/// Words of the list of tiles for so many pairs of token and expert.
+/// Words of the list of tiles for so many pairs of token and expert: enough for [`experts`] and [`experts_rows`].
 pub fn expert_tiles_len(n_pairs: usize, n_expert: usize) -> usize {
-    (sort::n_tiles(n_pairs as u32, n_expert as u32) * sort::TILE_WORDS) as usize
+    tiles_len(n_pairs, n_expert, many::TILE_PAIRS.min(grouped_experts::TILE_PAIRS))
+}
+
+fn tiles_len(n_pairs: usize, n_expert: usize, tile_pairs: u32) -> usize {
+    (sort::n_tiles(n_pairs as u32, n_expert as u32, tile_pairs) * sort::TILE_WORDS) as usize
 }
 
 /// Chooses each token's experts: f32 logits of all, the largest `n_used`, their softmax.
@@ -612,7 +616,8 @@ pub fn experts(
             one::run_gate_up(first, launcher, h, gate.0, up.0, gate.1, up.1, x, ids, d, f)?;
             return one::run_down(second, launcher, out, down.0, down.1, h, ids, weights, f, d);
         }
-        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids)?;
+        let tiles = tiles.slice(0..tiles_len(n_pairs, work.n_expert, many::TILE_PAIRS));
+        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids, many::TILE_PAIRS)?;
         many::run_gate_up(first, launcher, h, gate.0, up.0, gate.1, up.1, x, pairs, tiles, e, n, d, f)?;
         many::run_down(second, launcher, y, down.0, down.1, h, pairs, tiles, e, f, d)?;
         many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
@@ -724,8 +729,8 @@ pub struct TokenExperts<'a> {
     /// `[n_used]`, and so the next.
     pub ids: View<'a, u32>,
     pub weights: View<'a, f32>,
-    /// `[n_used, d_ff]`.
-    pub h: View<'a, f32>,
+    /// `[n_used, d_ff / 2]`, of two f16 each.
+    pub h: View<'a, u32>,
 }
 
 /// Whether [`experts_token`] can run a layer of these sizes.
@@ -755,7 +760,7 @@ pub fn experts_token(
     let n_used = token.ids.len();
     assert!(experts_token_fits(n_expert, n_used, d_model, d_ff), "sizes");
     assert_eq!((x.len(), router.gamma.len()), (d_model, d_model), "lengths");
-    assert_eq!((token.weights.len(), token.h.len()), (n_used, n_used * d_ff), "work lengths");
+    assert_eq!((token.weights.len(), token.h.len()), (n_used, n_used * d_ff / 2), "work lengths");
     assert!(router.bias.is_none_or(|bias| bias.len() == n_expert), "router bias length");
     let n_parts = router.parts.len() / (n_expert + 1);
     assert_eq!(router.parts.len(), n_parts * (n_expert + 1), "parts length");

@@ -77,6 +77,8 @@ struct Workspace {
     likeliest_ids: Buffer<u32>,
     /// What each part of one token's residual stream adds to the router's logits.
     parts: Buffer<f32>,
+    /// Activations inside one token's experts, two f16 a word.
+    token_h: Buffer<u32>,
     /// For mixtures of experts, as `WorkspaceSizes` says.
     router_logits: Buffer<f32>,
     expert_ids: Buffer<u32>,
@@ -118,6 +120,7 @@ pub(super) fn new(
         partial: arena.buffer(sizes.partial),
         counters: arena.buffer(sizes.counters),
         parts: arena.buffer(sizes.parts),
+        token_h: arena.buffer(sizes.token_h),
         best_logits: arena.buffer(ops::ARGMAX_PARTS),
         best_ids: arena.buffer(ops::ARGMAX_PARTS),
         arrived: arena.buffer(1),

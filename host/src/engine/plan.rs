@@ -35,6 +35,8 @@ pub(super) struct WorkspaceSizes {
     pub counters: usize,
     /// Of a router's logits, for one token.
     pub parts: usize,
+    /// Activations inside one token's experts.
+    pub token_h: usize,
     /// Of the likeliest tokens: ids, and logits.
     pub likeliest: usize,
     /// Of experts: logits, choices and their weights, what they give, and the lists they are sorted by. 0 without.
@@ -65,6 +67,7 @@ impl WorkspaceSizes {
             partial: most(ops::attention_partial_len),
             counters: most(ops::attention_counters_len),
             parts: if n_expert == 0 { 0 } else { ops::router_parts(q_width, spec.d_model) * (n_expert + 1) },
+            token_h: n_used * spec.d_ff / 2,
             likeliest: ops::n_likeliest(spec.n_vocab),
             router_logits: rows * n_expert,
             pairs: rows * n_used,
@@ -78,7 +81,7 @@ impl WorkspaceSizes {
     fn n_bytes(&self) -> u64 {
         let dense = [self.tokens, self.x, self.normed, self.qkv, self.attended, self.inner, self.logits, self.partial];
         // Choices, their weights and the sorted list are `pairs` each; a frequency is two words, the position one.
-        let lists = [self.pairs, self.pairs, self.pairs, self.tiles, self.counters, self.parts];
+        let lists = [self.pairs, self.pairs, self.pairs, self.tiles, self.counters, self.parts, self.token_h];
         let experts = [self.router_logits, self.expert_out];
         let others = [2 * self.frequencies, 1, ops::ARGMAX_PARTS, ops::ARGMAX_PARTS, 1, self.likeliest, self.likeliest];
         dense.iter().chain(&lists).chain(&experts).chain(&others).map(|&words| padded(4 * words) as u64).sum()

@@ -121,7 +121,7 @@ impl Model {
                     d_ff,
                     ids: self.work.expert_ids.view().part(0..*n_used),
                     weights: self.work.expert_weights.view().part(0..*n_used),
-                    h: self.work.inner.view().part(0..n_used * d_ff),
+                    h: self.work.token_h.view().part(0..n_used * d_ff / 2),
                 };
                 ops::experts_token(launcher, &token, x, finish, gate, up, down)
             }
