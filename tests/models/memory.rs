@@ -91,7 +91,7 @@ fn a_request_that_runs_out_of_memory_leaves_room_for_the_next() {
     let (file, spec) = open(TINY[0]);
     let options = Options { n_ctx: 64, ..Options::for_model(&spec) };
     // The logits of a few tokens fit beside the model.
-    check_running_out(&limited_device(total(&spec, file.tensors(), &options) + (1 << 20)));
+    check_running_out(&limited_device(total(&spec, file.tensors(), &options) + (1 << 20)), 0);
 }
 
 /// The same with all that the card has, so that it is the driver who refuses.
@@ -99,10 +99,12 @@ fn a_request_that_runs_out_of_memory_leaves_room_for_the_next() {
 #[ignore = "fills the GPU: alone, with --ignored --test-threads 1"]
 fn a_request_that_runs_out_of_a_whole_card_leaves_room_for_the_next() {
     assert!(wants_gpu(), "set GAMMA_TEST_DEVICE=cuda");
-    check_running_out(&engine_device());
+    // The driver keeps a piece or two of 2 MiB for small buffers to come.
+    check_running_out(&engine_device(), 4 << 20);
 }
 
-fn check_running_out(device: &SharedDevice) {
+/// `kept`: bytes that the driver may keep when buffers are freed.
+fn check_running_out(device: &SharedDevice, kept: u64) {
     let (file, spec) = open(TINY[0]);
     let options = Options { n_ctx: 64, ..Options::for_model(&spec) };
     let prompt: Vec<u32> = (0..40).collect();
@@ -110,6 +112,7 @@ fn check_running_out(device: &SharedDevice) {
     run(&mut engine, 8);
     let (n_past, logits) = (engine.n_past(), engine.logits().unwrap());
 
+    let before = device.memory().unwrap().free;
     let ballast = fill(device);
     let full = device.memory().unwrap().free;
     let failed = engine.prefill_all(&prompt, &mut |_, _| panic!("there was no memory for logits"));
@@ -125,6 +128,7 @@ fn check_running_out(device: &SharedDevice) {
     let mut n_rows = 0;
     engine.prefill_all(&prompt, &mut |_, _| n_rows += 1).unwrap();
     assert_eq!((n_rows, engine.n_past()), (prompt.len(), n_past + 1 + prompt.len()));
+    assert!(device.memory().unwrap().free + kept >= before);
 }
 
 /// Takes memory until the device has none for the logits of a few tokens.
@@ -145,8 +149,8 @@ fn fill(device: &SharedDevice) -> Vec<Buffer<u8>> {
 fn a_load_that_does_not_fit_any_more_fails_and_a_later_one_succeeds() {
     let (file, spec) = open(TINY[0]);
     let options = Options { n_ctx: 64, ..Options::for_model(&spec) };
-    let device = limited_device(total(&spec, file.tensors(), &options) + 1000);
-    let ballast = Buffer::<u8>::new(&device, 1001).unwrap();
+    let device = limited_device(total(&spec, file.tensors(), &options));
+    let ballast = Buffer::<u8>::new(&device, 1).unwrap();
     assert!(matches!(load(&device, &file, &spec, &options), Err(Error::DoesNotFit { .. })));
     drop(ballast);
     run(&mut load(&device, &file, &spec, &options).unwrap(), 3);
