@@ -47,7 +47,8 @@ const SHARED_BYTES: u32 = 4 * SHARED_WORDS;
 /// Halves from one pair's results to the next's, on their way out.
 const RESULT_STRIDE: u32 = HALF_ROWS + 8;
 const _: () = assert!(TILE_PAIRS * RESULT_STRIDE <= 2 * RING && SHARED_BYTES <= 99 * 1024);
-const _: () = assert!(RAW_BYTES % 16 == 0 && FACTOR_WORDS % 2 == 1 && TILE_PAIRS <= THREADS && TILE_ROWS == THREADS);
+const _: () =
+    assert!(RAW_BYTES.is_multiple_of(16) && FACTOR_WORDS % 2 == 1 && TILE_PAIRS <= THREADS && TILE_ROWS == THREADS);
 
 /// A scale's factor is 2¹⁵ for the largest of its row, half of it for one less, and so on to 2⁻¹⁴ and 0. So a product with a
 /// code, 2⁻¹⁴ of its value, is at most 12.
@@ -525,7 +526,8 @@ impl Block {
             while word < n_words {
                 // How much less than the largest: no byte borrows. From TOP on, the factor is 0.
                 let less = top * 0x0101_0101 - scales(word);
-                let too_little = (((less & 0x7f7f_7f7f) + (0x80 - TOP) * 0x0101_0101 | less) >> 7 & 0x0101_0101) * 0xff;
+                let beyond = ((less & 0x7f7f_7f7f) + (0x80 - TOP) * 0x0101_0101) | less;
+                let too_little = (beyond >> 7 & 0x0101_0101) * 0xff;
                 let factors = (TOP * 0x0101_0101 - (less & !too_little)) & !too_little;
                 // The high byte of an f16 without mantissa; the low byte is 0.
                 self.shared.write((FACTORS + row * FACTOR_WORDS + word) as usize, factors << 2);
@@ -582,7 +584,7 @@ impl Block {
                     unsafe {
                         let x_row = self.shared.read((PLACES + place) as usize);
                         let from = 4 * (x_row + chunk) as usize;
-                        let to = stage + QUANT_WORDS + place * X_WORDS + 4 * (column ^ place % 8);
+                        let to = stage + QUANT_WORDS + place * X_WORDS + 4 * (column ^ (place % 8));
                         self.shared.copy_async(to as usize, self.x, from, true);
                     }
                 }
@@ -618,8 +620,8 @@ impl Block {
         let row_factors = FACTORS + first_row * FACTOR_WORDS;
         // `ldmatrix`: lane l gives row l % 8 of chunk l / 8 of a group's four; chunks of the next group differ in one bit.
         let x_row = QUANT_WORDS + (warp.first_place + lane % 8) * X_WORDS;
-        let x_chunk = x_row + 4 * ((lane / 8) ^ lane % 8);
-        let x_at = |stage: u32, group: u32| (stage + (x_chunk ^ group % 2 * 16) + group / 2 * 32) as usize;
+        let x_chunk = x_row + 4 * ((lane / 8) ^ (lane % 8));
+        let x_at = |stage: u32, group: u32| (stage + (x_chunk ^ (group % 2 * 16)) + group / 2 * 32) as usize;
 
         let (n_full, n_left) = (self.n_groups / STEP_GROUPS, self.n_groups % STEP_GROUPS);
         let words = const { stage_words(WarpTile::<M, N>::PAIRS) };
