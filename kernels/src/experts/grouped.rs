@@ -16,7 +16,7 @@ pub const TILE_PAIRS: u32 = 96;
 /// The longest rows of weights: their scales lie in shared memory as a whole.
 pub const MAX_IN: u32 = 31 * STEP;
 
-const THREADS: u32 = 256;
+const THREADS: u32 = 128;
 const TILE_ROWS: u32 = 128;
 /// Neighbouring rows of one matrix in a tile: it has two such halves.
 const HALF_ROWS: u32 = TILE_ROWS / 2;
@@ -38,16 +38,17 @@ const RAW: u32 = RING - 2 * RAW_BYTES / 4;
 /// A row's factors: a word for each step, an odd number of them, so that rows start in different banks.
 const FACTOR_WORDS: u32 = MAX_IN / STEP;
 const FACTORS: u32 = RING;
-/// Each row's largest scale, twice.
+/// Each row's largest scale.
 const TOPS: u32 = FACTORS + TILE_ROWS * FACTOR_WORDS;
 /// Two words of each place: where its row of activations starts, and what the epilogue wants to know.
-const PLACES: u32 = TOPS + THREADS;
-const SHARED_WORDS: u32 = PLACES + THREADS;
+const PLACES: u32 = TOPS + TILE_ROWS;
+const SHARED_WORDS: u32 = PLACES + 2 * THREADS;
 const SHARED_BYTES: u32 = 4 * SHARED_WORDS;
 /// Halves from one pair's results to the next's, on their way out.
 const RESULT_STRIDE: u32 = HALF_ROWS + 8;
 const _: () = assert!(TILE_PAIRS * RESULT_STRIDE <= 2 * RING && SHARED_BYTES <= 99 * 1024);
-const _: () = assert!(RAW_BYTES % 16 == 0 && FACTOR_WORDS % 2 == 1 && TILE_PAIRS <= THREADS / 2);
+const _: () =
+    assert!(RAW_BYTES.is_multiple_of(16) && FACTOR_WORDS % 2 == 1 && TILE_PAIRS <= THREADS && TILE_ROWS == THREADS);
 
 /// A scale's factor is 2¹⁵ for the largest of its row, half of it for one less, and so on to 2⁻¹⁴ and 0. So a product with a
 /// code, 2⁻¹⁴ of its value, is at most 12.
@@ -150,13 +151,13 @@ fn words<T: Element>(slice: DeviceSlice<T>) -> DeviceSlice<u32> {
 macro_rules! by_width {
     ($count:expr, $tile:ident($($argument:expr),*)) => {
         match $count.div_ceil(8) {
-            0..=1 => $tile::<1, 1, 4>($($argument),*),
-            2 => $tile::<1, 2, 4>($($argument),*),
-            3..=4 => $tile::<1, 4, 3>($($argument),*),
-            5..=6 => $tile::<2, 3, 2>($($argument),*),
-            7..=8 => $tile::<2, 4, 1>($($argument),*),
-            9..=10 => $tile::<2, 5, 0>($($argument),*),
-            _ => $tile::<2, 6, 0>($($argument),*),
+            0..=1 => $tile::<2, 1, 4>($($argument),*),
+            2 => $tile::<2, 2, 4>($($argument),*),
+            3..=4 => $tile::<2, 4, 3>($($argument),*),
+            5..=6 => $tile::<2, 6, 2>($($argument),*),
+            7..=8 => $tile::<2, 8, 1>($($argument),*),
+            9..=10 => $tile::<2, 10, 0>($($argument),*),
+            _ => $tile::<2, 12, 0>($($argument),*),
         }
     };
 }
@@ -174,7 +175,7 @@ macro_rules! by_width {
 ///   [`TILE_PAIRS`]. `x` and `h` start at multiples of 16 bytes. d_model is at most [`MAX_IN`], d_ff a multiple of 32.
 /// - Launch: [`launch_gate_up`]`(n_tiles, d_ff)`. A block owns 64 features and a tile of pairs, or returns if it has none.
 ///   Features of `gate` are rows 0 to 7 of a fragment, the same of `up` rows 8 to 15, so that a lane has both.
-/// - Shared memory: 97.5 KiB, a ring of steps of 128 elements, filled by `cp.async`; one barrier a step.
+/// - Shared memory: 97 KiB, a ring of steps of 128 elements, filled by `cp.async`; one barrier a step.
 /// - Cost: `4 · n_pairs · d_ff · d_model` operations; memory bound below about 50 pairs an expert.
 /// - Determinism: one fixed order of steps; tensor cores order the 16 terms of a product themselves.
 /// - Source: PTX ISA, `mma.m16n8k16`; OCP Microscaling Formats 1.0, 5.3 and 6.3.
@@ -222,7 +223,7 @@ pub unsafe fn experts_grouped_gate_up_mxfp4(
 ///   `tiles`: those of [`experts_sort`](super::sort::experts_sort()) for tiles of [`TILE_PAIRS`]. d_ff is at most
 ///   [`MAX_IN`], d_model a multiple of 32.
 /// - Launch: [`launch_down`]`(n_tiles, d_model)`. A block owns 128 rows and a tile of pairs, or returns if it has none.
-/// - Shared memory: 97.5 KiB, a ring of steps of 128 elements, filled by `cp.async`; one barrier a step.
+/// - Shared memory: 97 KiB, a ring of steps of 128 elements, filled by `cp.async`; one barrier a step.
 /// - Cost: `2 · n_pairs · d_ff · d_model` operations; memory bound below about 50 pairs an expert.
 /// - Determinism: one fixed order of steps; tensor cores order the 16 terms of a product themselves.
 /// - Source: as there.
@@ -258,7 +259,7 @@ pub unsafe fn experts_grouped_down_mxfp4(
 /// The place in the sorted list that this thread looks up; those past the tile's last repeat it.
 #[inline(always)]
 fn place_of_thread(job: Job) -> u32 {
-    job.first + (thread::thread_idx_x() % (THREADS / 2)).min(job.count - 1)
+    job.first + thread::thread_idx_x().min(job.count - 1)
 }
 
 /// # Safety
@@ -293,7 +294,7 @@ unsafe fn gate_up<const M: usize, const N: usize, const PENDING: u32>(
                 let place = warp.place(n) + i as u32;
                 // SAFETY: kept before the last barrier; the element is this lane's alone.
                 unsafe {
-                    let factor = f32::from_bits(block.shared.read((PLACES + THREADS / 2 + place) as usize));
+                    let factor = f32::from_bits(block.shared.read((PLACES + THREADS + place) as usize));
                     let gate = sums[m][n][i] * factor * gate_power + gate_bias;
                     let up = sums[m][n][i + 2] * factor * up_power + up_bias;
                     let h = f16::from_f32(swiglu::activation(gate, up));
@@ -347,7 +348,7 @@ unsafe fn down<const M: usize, const N: usize, const PENDING: u32>(y: Disjoint<f
                         if place < job.count {
                             // SAFETY: kept before the last barrier; a pair has one place, so the element is this lane's.
                             unsafe {
-                                let pair = block.shared.read((PLACES + THREADS / 2 + place) as usize);
+                                let pair = block.shared.read((PLACES + THREADS + place) as usize);
                                 let at = pair as usize * block.n_out as usize + o as usize;
                                 y.write(at, sums[m][n][2 * half + i] * power + bias);
                             }
@@ -375,7 +376,7 @@ struct WarpTile<const M: usize, const N: usize> {
 impl<const M: usize, const N: usize> WarpTile<M, N> {
     const FRAGMENTS: u32 = TILE_ROWS / 16;
     /// The pairs of a block.
-    const PAIRS: u32 = 8 * (M * N) as u32;
+    const PAIRS: u32 = THREADS / WARP_SIZE * (M * N) as u32;
 
     #[inline(always)]
     fn of_thread() -> Self {
@@ -451,10 +452,10 @@ impl Block {
     #[inline(always)]
     unsafe fn keep(&self, [row, other]: [u32; 2]) {
         let thread = thread::thread_idx_x();
-        // SAFETY: the element is this thread's alone.
+        // SAFETY: the elements are this thread's alone.
         unsafe {
-            let chunks = row * (self.n_groups * GROUP / 8);
-            self.shared.write((PLACES + thread) as usize, if thread < THREADS / 2 { chunks } else { other });
+            self.shared.write((PLACES + thread) as usize, row * (self.n_groups * GROUP / 8));
+            self.shared.write((PLACES + THREADS + thread) as usize, other);
             thread::sync_threads();
         }
     }
@@ -498,9 +499,7 @@ impl Block {
     /// The whole block is here, once; the scales have arrived.
     #[inline(always)]
     unsafe fn make_factors(&self) {
-        // Two neighbouring threads to a row.
-        let thread = thread::thread_idx_x();
-        let (row, first) = (thread / 2, thread % 2);
+        let row = thread::thread_idx_x();
         let half = row / HALF_ROWS;
         let lead = if half == 0 { self.scales_of(0).1 } else { self.scales_of(1).1 };
         let bytes = 4 * RAW + half * RAW_BYTES + lead + row % HALF_ROWS * self.n_groups;
@@ -515,26 +514,26 @@ impl Block {
             four << (8 * n_others) >> (8 * n_others)
         };
         let mut top = 0;
-        let mut word = first;
+        let mut word = 0;
         while word < n_words {
             let four = scales(word);
             top = top.max(four & 0xff).max(four >> 8 & 0xff).max((four >> 16 & 0xff).max(four >> 24));
-            word += 2;
+            word += 1;
         }
         // SAFETY: the caller's promise; words are this thread's alone.
         unsafe {
-            top = top.max(warp::shuffle_xor(top, 1));
-            let mut word = first;
+            let mut word = 0;
             while word < n_words {
                 // How much less than the largest: no byte borrows. From TOP on, the factor is 0.
                 let less = top * 0x0101_0101 - scales(word);
-                let too_little = (((less & 0x7f7f_7f7f) + (0x80 - TOP) * 0x0101_0101 | less) >> 7 & 0x0101_0101) * 0xff;
+                let beyond = ((less & 0x7f7f_7f7f) + (0x80 - TOP) * 0x0101_0101) | less;
+                let too_little = (beyond >> 7 & 0x0101_0101) * 0xff;
                 let factors = (TOP * 0x0101_0101 - (less & !too_little)) & !too_little;
                 // The high byte of an f16 without mantissa; the low byte is 0.
                 self.shared.write((FACTORS + row * FACTOR_WORDS + word) as usize, factors << 2);
-                word += 2;
+                word += 1;
             }
-            self.shared.write((TOPS + thread) as usize, top);
+            self.shared.write((TOPS + row) as usize, top);
         }
     }
 
@@ -546,7 +545,7 @@ impl Block {
     #[inline(always)]
     unsafe fn power_of(&self, row: u32) -> f32 {
         // SAFETY: the caller's promise.
-        let top = unsafe { self.shared.read((TOPS + 2 * row) as usize) };
+        let top = unsafe { self.shared.read((TOPS + row) as usize) };
         f32::from_bits(if top < 2 { 0x0020_0000 << top } else { (top - 1) << 23 })
     }
 
@@ -558,21 +557,19 @@ impl Block {
     #[inline(always)]
     unsafe fn copy(&self, step: u32, pairs: u32, stage: u32) {
         let thread = thread::thread_idx_x();
-        // Half the threads to a half of the rows, 32 rows apart: those exist together or not, since rows come in 32.
-        let (half, row) = (thread / (THREADS / 2), thread % (THREADS / 2) / 4);
-        let chunk = step * STEP_GROUPS + thread % 4;
+        // 32 rows at a time, which exist together or not: rows come in 32.
+        let (row, chunk) = (thread / 4, step * STEP_GROUPS + thread % 4);
         if chunk < self.n_groups {
-            let (matrix, first) =
-                if half == 0 { (self.matrices[0], self.first_rows[0]) } else { (self.matrices[1], self.first_rows[1]) };
             let row_words = (4 * self.n_groups) as usize;
             let mut i = 0;
-            while i < 2 {
+            while i < 4 {
+                let (half, first) = (i / 2, self.first_rows[i / 2] + i as u32 % 2 * 32);
                 // Instead of rows past the last come others: their products are never written.
-                let source_row = if first + 32 * i < self.n_out { first + 32 * i + row } else { row };
+                let source_row = if first < self.n_out { first + row } else { row };
                 let from = source_row as usize * row_words + 4 * chunk as usize;
-                let to = stage + (half * HALF_ROWS + 32 * i + row) * ROW_WORDS + 4 * (thread % 4);
+                let to = stage + (32 * i as u32 + row) * ROW_WORDS + 4 * (thread % 4);
                 // SAFETY: the row has these words; the place is this thread's.
-                unsafe { self.shared.copy_async(to as usize, matrix, from, true) };
+                unsafe { self.shared.copy_async(to as usize, self.matrices[half], from, true) };
                 i += 1;
             }
         }
@@ -580,14 +577,14 @@ impl Block {
         let chunk = step * (STEP / 8) + column;
         if chunk < self.n_groups * (GROUP / 8) {
             let mut i = 0;
-            while i < pairs.div_ceil(16) {
-                let place = 16 * i + row;
+            while i < pairs.div_ceil(8) {
+                let place = 8 * i + row;
                 if place < pairs {
                     // SAFETY: as above; rows of x were kept before a barrier.
                     unsafe {
                         let x_row = self.shared.read((PLACES + place) as usize);
                         let from = 4 * (x_row + chunk) as usize;
-                        let to = stage + QUANT_WORDS + place * X_WORDS + 4 * (column ^ place % 8);
+                        let to = stage + QUANT_WORDS + place * X_WORDS + 4 * (column ^ (place % 8));
                         self.shared.copy_async(to as usize, self.x, from, true);
                     }
                 }
@@ -623,8 +620,8 @@ impl Block {
         let row_factors = FACTORS + first_row * FACTOR_WORDS;
         // `ldmatrix`: lane l gives row l % 8 of chunk l / 8 of a group's four; chunks of the next group differ in one bit.
         let x_row = QUANT_WORDS + (warp.first_place + lane % 8) * X_WORDS;
-        let x_chunk = x_row + 4 * ((lane / 8) ^ lane % 8);
-        let x_at = |stage: u32, group: u32| (stage + (x_chunk ^ group % 2 * 16) + group / 2 * 32) as usize;
+        let x_chunk = x_row + 4 * ((lane / 8) ^ (lane % 8));
+        let x_at = |stage: u32, group: u32| (stage + (x_chunk ^ (group % 2 * 16)) + group / 2 * 32) as usize;
 
         let (n_full, n_left) = (self.n_groups / STEP_GROUPS, self.n_groups % STEP_GROUPS);
         let words = const { stage_words(WarpTile::<M, N>::PAIRS) };
@@ -742,9 +739,6 @@ impl Block {
         while n < N {
             // SAFETY: the caller's promise.
             unsafe {
-                if n == 3 {
-                    warp::sync();
-                }
                 let [b0, b1, b2, b3] = self.shared.load_matrix_x4(x_at + n * (8 * X_WORDS) as usize);
                 let mut m = 0;
                 while m < M {
