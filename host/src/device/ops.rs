@@ -4,8 +4,8 @@
 //! the engine's bug and panic; whatever a file or a user can cause was refused long before.
 
 use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
-use kernels::attention::decode::{self, decode_splits};
-use kernels::attention::{kv_append, prefill};
+use kernels::attention::token::{grouped, partial_len, single};
+use kernels::attention::{kv_append, prefill, reciprocal};
 use kernels::experts::{decode as one, prefill as many, sort};
 use kernels::format::WeightFormat;
 use kernels::{
@@ -48,8 +48,8 @@ pub struct AttentionShape {
     pub n_head_kv: usize,
     /// Width of a head: a multiple of 8 up to 128.
     pub d_head: usize,
-    /// Positions of the cache.
-    pub n_ctx: usize,
+    /// Positions the cache has room for. With a window it may be a ring: position i is in slot i mod `n_slots`.
+    pub n_slots: usize,
     /// What scores are multiplied by.
     pub scale: f32,
     /// How many keys a query sees, its own included; all if `None`.
@@ -71,17 +71,23 @@ impl AttentionShape {
         self.n_head > 4 * self.n_head_kv
     }
 
+    /// Whether the kernels of `token::grouped` serve it.
+    fn runs_grouped(&self, cache: &Cache) -> bool {
+        matches!(cache, Cache::F16 { .. }) && self.is_grouped()
+    }
+
     /// Over how many blocks a decode step spreads the keys of a head, by the whole context: the launch is recorded once.
-    fn n_splits(&self) -> u32 {
-        let one = match self.is_grouped() {
-            true => decode::launch_grouped(self.n_head as u32, self.n_head_kv as u32, 1),
-            false => decode::launch(self.n_head as u32, 1),
-        };
-        decode_splits(self.n_ctx.min(self.window.unwrap_or(usize::MAX)) as u32, one.grid[0])
+    fn n_splits(&self, grouped: bool) -> u32 {
+        let n_keys = self.n_slots.min(self.window.unwrap_or(usize::MAX)) as u32 - 1;
+        let (n_head, n_head_kv, d_head) = (self.n_head as u32, self.n_head_kv as u32, self.d_head as u32);
+        match grouped {
+            true => grouped::n_splits(n_keys, n_head, n_head_kv, d_head),
+            false => single::n_splits(n_keys, n_head),
+        }
     }
 }
 
-/// The KV cache of one layer: `[n_head_kv, n_ctx, d_head]` each.
+/// The KV cache of one layer: `[n_head_kv, n_slots, d_head]` each.
 #[derive(Clone, Copy)]
 #[expect(missing_docs, reason = "keys and values")]
 pub enum Cache<'a> {
@@ -95,7 +101,7 @@ impl Cache<'_> {
             Self::F16 { k, v } => (k.len(), v.len()),
             Self::F32 { k, v } => (k.len(), v.len()),
         };
-        assert_eq!((k, v), (shape.n_head_kv * shape.n_ctx * shape.d_head, k), "cache lengths");
+        assert_eq!((k, v), (shape.n_head_kv * shape.n_slots * shape.d_head, k), "cache lengths");
     }
 }
 
@@ -201,109 +207,209 @@ pub fn kv_append(
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
     let launch = kv_append::launch(n_tokens as u32, shape.n_head_kv as u32);
     let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
-    let (d, c) = (shape.d_head as u32, shape.n_ctx as u32);
+    let (d, s, w) = (shape.d_head as u32, shape.n_slots as u32, shape.window.unwrap_or(0) as u32);
     let (qkv, state) = (qkv.slice(), state.slice());
     // SAFETY: as in `embed`.
     unsafe {
         match cache {
             Cache::F16 { k, v } => {
-                kv_append::kv_append_f16::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, c)
+                kv_append::kv_append_f16::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, s, w)
             }
             Cache::F32 { k, v } => {
-                kv_append::kv_append_f32::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, c)
+                kv_append::kv_append_f32::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, s, w)
             }
         }
     }
 }
 
-/// Elements that [`attention`] needs in `partial`.
-pub fn attention_partial_len(shape: AttentionShape) -> usize {
-    decode::partial_len(shape.n_head as u32, shape.d_head as u32, shape.n_splits())
+/// Where [`attention`] writes, `[n_tokens, n_head d_head]`.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the element type; f16 is NaN where it cannot hold the value")]
+pub enum AttentionOut<'a> {
+    F32(View<'a, f32>),
+    F16(View<'a, f16>),
 }
 
 /// Attends from each of `n_tokens` tokens in `qkv` to the cache, which holds their own keys already.
 ///
 /// # Errors
 ///
-/// Those of the launches.
+/// Those of the launch.
 pub fn attention(
     launcher: &dyn Launcher,
-    out: View<f32>,
+    out: AttentionOut,
     qkv: View<f32>,
     cache: Cache,
     state: View<u32>,
     sinks: Option<View<f32>>,
-    partial: View<f32>,
     shape: AttentionShape,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
     cache.assert_holds(shape);
     assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_head), "sinks length");
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
-    assert_eq!(out.len(), n_tokens * shape.q_width(), "output length");
-    assert!(partial.len() >= attention_partial_len(shape), "partial length");
     assert!(shape.d_head.is_multiple_of(8) && shape.d_head <= 128, "head width");
     let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
-    let (d, c, scale) = (shape.d_head as u32, shape.n_ctx as u32, shape.scale);
-    let (out, qkv, state, partial) = (out.slice(), qkv.slice(), state.slice(), partial.slice());
+    let (d, s, scale) = (shape.d_head as u32, shape.n_slots as u32, shape.scale);
+    let (out, out16) = match out {
+        AttentionOut::F32(out) => (out.slice(), DeviceSlice::new(0, 0)),
+        AttentionOut::F16(out) => (DeviceSlice::new(0, 0), out.slice()),
+    };
+    assert_eq!(out.len() + out16.len(), n_tokens * shape.q_width(), "output length");
+    let (qkv, state) = (qkv.slice(), state.slice());
     let (sinks, window) = (optional(sinks), shape.window.unwrap_or(0) as u32);
-
-    if n_tokens > 1 {
-        // SAFETY: as in `embed`.
-        return unsafe {
-            match cache {
-                Cache::F16 { k, v } => {
-                    let kernel = match d {
-                        ..=64 => prefill::attention_prefill_f16_64::run,
-                        _ => prefill::attention_prefill_f16_128::run,
-                    };
-                    let (launch, k, v) = (prefill::launch_f16(t, h), k.slice(), v.slice());
-                    kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, c, window, scale)
-                }
-                Cache::F32 { k, v } => {
-                    let kernel = match d {
-                        ..=32 => prefill::attention_prefill_f32_32::run,
-                        33..=64 => prefill::attention_prefill_f32_64::run,
-                        _ => prefill::attention_prefill_f32_128::run,
-                    };
-                    let (launch, k, v) = (prefill::launch_f32(t, h), k.slice(), v.slice());
-                    kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, c, window, scale)
-                }
-            }
-        };
-    }
-
-    let n_splits = shape.n_splits();
     // SAFETY: as in `embed`.
     unsafe {
         match cache {
             Cache::F16 { k, v } => {
-                let kernel = match (shape.is_grouped(), d) {
-                    (true, ..=64) => decode::attention_decode_grouped_f16_64::run,
-                    (true, _) => decode::attention_decode_grouped_f16_128::run,
-                    (false, ..=32) => decode::attention_decode_f16_32::run,
-                    (false, 33..=64) => decode::attention_decode_f16_64::run,
-                    (false, _) => decode::attention_decode_f16_128::run,
+                let kernel = match d {
+                    ..=64 => prefill::attention_prefill_f16_64::run,
+                    _ => prefill::attention_prefill_f16_128::run,
                 };
-                let launch = match shape.is_grouped() {
-                    true => decode::launch_grouped(h, hkv, n_splits),
-                    false => decode::launch(h, n_splits),
-                };
-                kernel(launcher, launch, partial, qkv, k.slice(), v.slice(), state, h, hkv, d, c, window, scale)?;
+                let (launch, k, v) = (prefill::launch_f16(t, h), k.slice(), v.slice());
+                kernel(launcher, launch, out, out16, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
             }
             Cache::F32 { k, v } => {
                 let kernel = match d {
-                    ..=32 => decode::attention_decode_f32_32::run,
-                    33..=64 => decode::attention_decode_f32_64::run,
-                    _ => decode::attention_decode_f32_128::run,
+                    ..=32 => prefill::attention_prefill_f32_32::run,
+                    33..=64 => prefill::attention_prefill_f32_64::run,
+                    _ => prefill::attention_prefill_f32_128::run,
                 };
-                // These have a block a query head whatever the group.
-                let (launch, k, v) = (decode::launch(h, n_splits), k.slice(), v.slice());
-                kernel(launcher, launch, partial, qkv, k, v, state, h, hkv, d, c, window, scale)?;
+                let (launch, k, v) = (prefill::launch_f32(t, h), k.slice(), v.slice());
+                kernel(launcher, launch, out, out16, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
             }
         }
-        let launch = decode::launch_merge(h);
-        decode::attention_merge::run(launcher, launch, out, partial, state, sinks, h, d, n_splits, window)
+    }
+}
+
+/// How a model turns queries and keys.
+#[derive(Clone, Copy)]
+pub struct Rotation<'a> {
+    /// Of [`kernels::rope::frequency`], `[d_head / 2]`.
+    pub frequencies: View<'a, u64>,
+    /// What turned vectors are multiplied by.
+    pub magnitude: f32,
+}
+
+/// What [`attention_token`] keeps between its blocks. All layers may share it, one after the other.
+#[derive(Clone, Copy)]
+pub struct TokenWork<'a> {
+    /// At least [`attention_partial_len`] elements, whose contents do not matter.
+    pub partial: View<'a, f32>,
+    /// At least [`attention_counters_len`] elements: zero before the first launch, and again after each.
+    pub counters: View<'a, u32>,
+}
+
+/// Elements that [`attention_token`] needs in [`TokenWork::partial`].
+pub fn attention_partial_len(shape: AttentionShape) -> usize {
+    let len = |grouped| partial_len(shape.n_head as u32, shape.d_head as u32, shape.n_splits(grouped));
+    len(true).max(len(false))
+}
+
+/// Elements that [`attention_token`] needs in [`TokenWork::counters`].
+pub fn attention_counters_len(shape: AttentionShape) -> usize {
+    shape.n_head
+}
+
+/// One token's attention in one launch: turns queries and key, puts key and value into the cache, attends.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn attention_token(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    qkv: View<f32>,
+    cache: Cache,
+    state: View<u32>,
+    rotation: Option<Rotation>,
+    sinks: Option<View<f32>>,
+    work: TokenWork,
+    shape: AttentionShape,
+) -> Result<(), LaunchError> {
+    cache.assert_holds(shape);
+    assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_head), "sinks length");
+    assert!(rotation.is_none_or(|rotation| 2 * rotation.frequencies.len() == shape.d_head), "frequencies");
+    assert_eq!((qkv.len(), out.len()), (shape.qkv_width(), shape.q_width()), "lengths");
+    assert!(work.partial.len() >= attention_partial_len(shape), "partial length");
+    assert!(work.counters.len() >= attention_counters_len(shape), "counters");
+    assert!(shape.d_head.is_multiple_of(8) && shape.d_head <= 128, "head width");
+    let (h, hkv, d) = (shape.n_head as u32, shape.n_head_kv as u32, shape.d_head as u32);
+    let (s, scale, window) = (shape.n_slots as u32, shape.scale, shape.window.unwrap_or(0) as u32);
+    let (out, qkv, state, sinks) = (out.slice(), qkv.slice(), state.slice(), optional(sinks));
+    let (partial, counters) = (work.partial.slice(), work.counters.slice());
+    let (f, magnitude) = rotation.map_or((DeviceSlice::new(0, 0), 1.0), |r| (r.frequencies.slice(), r.magnitude));
+    let is_grouped = shape.runs_grouped(&cache);
+    let launch = match is_grouped {
+        true => grouped::launch(h, hkv, d, shape.n_splits(true)),
+        false => single::launch(h, shape.n_splits(false)),
+    };
+    // SAFETY: as in `embed`; the row that is written by the one name of a cache is read by neither.
+    unsafe {
+        match cache {
+            Cache::F16 { k, v } => {
+                let kernel = match (is_grouped, d) {
+                    (true, ..=64) => grouped::attention_token_grouped_f16_64::run,
+                    (true, _) => grouped::attention_token_grouped_f16_128::run,
+                    (false, ..=32) => single::attention_token_f16_32::run,
+                    (false, 33..=64) => single::attention_token_f16_64::run,
+                    (false, _) => single::attention_token_f16_128::run,
+                };
+                let (k, v) = (k.slice(), v.slice());
+                kernel(
+                    launcher,
+                    launch,
+                    out,
+                    partial,
+                    counters,
+                    qkv,
+                    k,
+                    v,
+                    k,
+                    v,
+                    state,
+                    f,
+                    sinks,
+                    hkv,
+                    d,
+                    s,
+                    reciprocal(s),
+                    window,
+                    scale,
+                    magnitude,
+                )
+            }
+            Cache::F32 { k, v } => {
+                let kernel = match d {
+                    ..=32 => single::attention_token_f32_32::run,
+                    33..=64 => single::attention_token_f32_64::run,
+                    _ => single::attention_token_f32_128::run,
+                };
+                let (k, v) = (k.slice(), v.slice());
+                kernel(
+                    launcher,
+                    launch,
+                    out,
+                    partial,
+                    counters,
+                    qkv,
+                    k,
+                    v,
+                    k,
+                    v,
+                    state,
+                    f,
+                    sinks,
+                    hkv,
+                    d,
+                    s,
+                    reciprocal(s),
+                    window,
+                    scale,
+                    magnitude,
+                )
+            }
+        }
     }
 }
 
@@ -326,7 +432,7 @@ pub fn rms_norm(
     unsafe { rms_norm_kernel::rms_norm::run(launcher, launch, out.slice(), x.slice(), gamma.slice(), epsilon) }
 }
 
-/// Turns the query and key heads in `qkv` by their positions; `frequencies` are of [`kernels::rope::frequency`].
+/// Turns the query and key heads in `qkv` by their positions.
 ///
 /// # Errors
 ///
@@ -334,12 +440,12 @@ pub fn rms_norm(
 pub fn rope(
     launcher: &dyn Launcher,
     qkv: View<f32>,
-    frequencies: View<u64>,
-    magnitude: f32,
+    rotation: Rotation,
     state: View<u32>,
     shape: AttentionShape,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
+    let Rotation { frequencies, magnitude } = rotation;
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
     assert_eq!(2 * frequencies.len(), shape.d_head, "frequencies");
     let n_head = (shape.n_head + shape.n_head_kv) as u32;

@@ -3,10 +3,10 @@
 use cuda_std::{LaunchError, Launcher, f16};
 
 use super::load::{DeviceWeights, Experts};
-use super::plan::{WorkspaceSizes, cache_len, rope};
+use super::plan::{WorkspaceSizes, attention_shape, cache_len, rope};
 use super::{Error, Gelu, KvType, Options};
-use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, QkvSpec};
-use crate::device::ops::{self, AttentionShape, Cache, Epilogue, ExpertsMatrix, ExpertsWork};
+use crate::adapter::{ExpertsSpec, FfnSpec, LinearSpec, ModelSpec, NormSpec, QkvSpec};
+use crate::device::ops::{self, AttentionOut, Cache, Epilogue, ExpertsMatrix, ExpertsWork, Rotation, TokenWork};
 use crate::device::{self, Buffer, Graph, SharedDevice, View};
 
 /// A loaded model with one sequence of tokens.
@@ -61,6 +61,8 @@ struct Workspace {
     inner: Buffer<f32>,
     logits: Buffer<f32>,
     partial: Buffer<f32>,
+    /// Zero between launches.
+    counters: Buffer<u32>,
     /// Candidates of argmax.
     best_logits: Buffer<f32>,
     best_ids: Buffer<u32>,
@@ -74,36 +76,20 @@ struct Workspace {
     frequencies: Buffer<u64>,
 }
 
-fn attention_shape(spec: &ModelSpec, layer: Option<&LayerSpec>, n_ctx: usize) -> AttentionShape {
-    AttentionShape {
-        n_head: spec.n_head,
-        n_head_kv: spec.n_head_kv,
-        d_head: spec.d_head,
-        n_ctx,
-        scale: layer.map_or(0.0, |layer| layer.attention.scale),
-        window: layer.and_then(|layer| layer.attention.window),
-    }
-}
-
-/// Elements of the buffer for attention's partial results.
-pub(super) fn partial_len(spec: &ModelSpec, n_ctx: usize) -> usize {
-    ops::attention_partial_len(attention_shape(spec, None, n_ctx))
-}
-
 pub(super) fn new(
     device: SharedDevice,
     spec: ModelSpec,
     options: Options,
     weights: DeviceWeights,
 ) -> Result<Engine, Error> {
-    let len = cache_len(&spec, &options);
-    let cache = || -> Result<LayerCache, device::Error> {
+    let cache = |layer| -> Result<LayerCache, device::Error> {
+        let len = cache_len(attention_shape(&spec, &options, layer));
         Ok(match options.kv {
             KvType::F16 => LayerCache::F16(Buffer::new(&device, len)?, Buffer::new(&device, len)?),
             KvType::F32 => LayerCache::F32(Buffer::new(&device, len)?, Buffer::new(&device, len)?),
         })
     };
-    let caches = (0..spec.n_layer).map(|_| cache()).collect::<Result<Vec<_>, _>>()?;
+    let caches = spec.layers.iter().map(cache).collect::<Result<Vec<_>, _>>()?;
     let sizes = WorkspaceSizes::new(&spec, &options);
     let positions = rope(&spec).map(|rope| rope.inverse_frequencies(options.yarn_truncate));
     let (radians, magnitude) = positions.unwrap_or_default();
@@ -118,6 +104,7 @@ pub(super) fn new(
         inner: Buffer::new(&device, sizes.inner)?,
         logits: Buffer::new(&device, sizes.logits)?,
         partial: Buffer::new(&device, sizes.partial)?,
+        counters: Buffer::from_slice(&device, &vec![0; sizes.counters])?,
         best_logits: Buffer::new(&device, ops::ARGMAX_PARTS)?,
         best_ids: Buffer::new(&device, ops::ARGMAX_PARTS)?,
         router_logits: Buffer::new(&device, sizes.router_logits)?,
@@ -152,14 +139,29 @@ impl Model {
         for (layer, cache) in spec.layers.iter().zip(&self.caches) {
             self.norm(launcher, normed, x, &layer.attention_norm)?;
             self.qkv(launcher, qkv, normed, &layer.qkv)?;
-            let shape = attention_shape(spec, Some(layer), self.options.n_ctx);
-            if layer.attention.rope.is_some() {
-                let (frequencies, magnitude) = (work.frequencies.view(), self.rope_magnitude);
-                ops::rope(launcher, qkv, frequencies, magnitude, state, shape, n_tokens)?;
+            let shape = attention_shape(spec, &self.options, layer);
+            let (frequencies, magnitude) = (work.frequencies.view(), self.rope_magnitude);
+            let rotation = layer.attention.rope.is_some().then_some(Rotation { frequencies, magnitude });
+            let sinks = layer.attention.sinks.map(|id| weights.vector(id).view());
+            if n_tokens == 1 {
+                let work = TokenWork { partial: work.partial.view(), counters: work.counters.view() };
+                ops::attention_token(launcher, attended, qkv, cache.view(), state, rotation, sinks, work, shape)?;
+            } else {
+                if let Some(rotation) = rotation {
+                    ops::rope(launcher, qkv, rotation, state, shape, n_tokens)?;
+                }
+                ops::kv_append(launcher, cache.view(), qkv, state, shape, n_tokens)?;
+                ops::attention(
+                    launcher,
+                    AttentionOut::F32(attended),
+                    qkv,
+                    cache.view(),
+                    state,
+                    sinks,
+                    shape,
+                    n_tokens,
+                )?;
             }
-            ops::kv_append(launcher, cache.view(), qkv, state, shape, n_tokens)?;
-            let (sinks, partial) = (layer.attention.sinks.map(|id| weights.vector(id).view()), work.partial.view());
-            ops::attention(launcher, attended, qkv, cache.view(), state, sinks, partial, shape, n_tokens)?;
             self.linear(launcher, x, attended, &layer.attention_output, Epilogue::Add)?;
 
             self.norm(launcher, normed, x, &layer.ffn_norm)?;

@@ -6,6 +6,7 @@
 mod forward;
 mod load;
 mod plan;
+pub mod ring;
 
 use crate::adapter::{ExpertsSpec, FfnSpec, LinearSpec, ModelSpec};
 use crate::device::{self, SharedDevice};

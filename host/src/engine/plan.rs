@@ -2,9 +2,10 @@
 
 use std::fmt;
 
-use super::{Error, KvType, Options};
+use super::{Error, KvType, Options, ring};
 use crate::adapter::{FfnSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec, TensorId};
-use crate::device::{MemoryInfo, ops};
+use crate::device::MemoryInfo;
+use crate::device::ops::{self, AttentionShape};
 use crate::gguf::{TensorInfo, TensorType};
 use crate::weights::Packing;
 
@@ -13,7 +14,7 @@ use crate::weights::Packing;
 pub struct MemoryPlan {
     /// Weights by type in the file, largest first. Norms and biases, decoded to f32, count as F32.
     pub weights: Vec<(TensorType, u64)>,
-    /// Keys and values of the whole context, all layers.
+    /// Keys and values: of the whole context, and of a window and a prompt chunk in layers that see no more.
     pub kv_cache: u64,
     /// Activations of one prompt chunk, logits, and attention's partial results.
     pub workspace: u64,
@@ -29,6 +30,7 @@ pub(super) struct WorkspaceSizes {
     pub inner: usize,
     pub logits: usize,
     pub partial: usize,
+    pub counters: usize,
     /// Of experts: logits, choices and their weights, what they give, and the lists they are sorted by. 0 without.
     pub router_logits: usize,
     pub pairs: usize,
@@ -43,6 +45,9 @@ impl WorkspaceSizes {
         let rows = options.n_batch.min(options.n_ctx);
         let (q_width, kv_width) = (spec.n_head * spec.d_head, spec.n_head_kv * spec.d_head);
         let (n_expert, n_used) = n_experts(spec);
+        let most = |len: fn(AttentionShape) -> usize| {
+            spec.layers.iter().map(|layer| len(attention_shape(spec, options, layer))).max().unwrap_or_default()
+        };
         Self {
             tokens: rows,
             x: rows * spec.d_model,
@@ -51,7 +56,8 @@ impl WorkspaceSizes {
             attended: rows * q_width,
             inner: rows * n_used.max(1) * spec.d_ff,
             logits: spec.n_vocab,
-            partial: super::forward::partial_len(spec, options.n_ctx),
+            partial: most(ops::attention_partial_len),
+            counters: most(ops::attention_counters_len),
             router_logits: rows * n_expert,
             pairs: rows * n_used,
             tiles: if n_expert == 0 { 0 } else { ops::expert_tiles_len(rows * n_used, n_expert) },
@@ -64,15 +70,29 @@ impl WorkspaceSizes {
     fn n_bytes(&self) -> u64 {
         let dense = [self.tokens, self.x, self.normed, self.qkv, self.attended, self.inner, self.logits, self.partial];
         // Choices, their weights and the sorted list are `pairs` each; a frequency is two words, the position one.
-        let others = [self.router_logits, 3 * self.pairs, self.tiles, self.expert_out, 2 * self.frequencies, 1];
+        let lists = [3 * self.pairs, self.tiles, self.counters];
+        let others = [self.router_logits, self.expert_out, 2 * self.frequencies, 1];
         let argmax = 2 * ops::ARGMAX_PARTS;
-        dense.iter().chain(&others).chain(&[argmax]).map(|&words| 4 * words as u64).sum()
+        dense.iter().chain(&lists).chain(&others).chain(&[argmax]).map(|&words| 4 * words as u64).sum()
     }
 }
 
-/// Elements of the K or the V cache of one layer.
-pub(super) fn cache_len(spec: &ModelSpec, options: &Options) -> usize {
-    spec.n_head_kv * options.n_ctx * spec.d_head
+/// What attention is told of a layer.
+pub(super) fn attention_shape(spec: &ModelSpec, options: &Options, layer: &LayerSpec) -> AttentionShape {
+    let window = layer.attention.window;
+    AttentionShape {
+        n_head: spec.n_head,
+        n_head_kv: spec.n_head_kv,
+        d_head: spec.d_head,
+        n_slots: ring::n_slots(window, options.n_ctx, options.n_batch.min(options.n_ctx)),
+        scale: layer.attention.scale,
+        window,
+    }
+}
+
+/// Elements of the K or the V cache of a layer.
+pub(super) fn cache_len(shape: AttentionShape) -> usize {
+    shape.n_head_kv * shape.n_slots * shape.d_head
 }
 
 impl KvType {
@@ -190,7 +210,8 @@ impl MemoryPlan {
         }
         by_type.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
 
-        let kv_cache = (2 * spec.n_layer * cache_len(spec, options) * options.kv.n_bytes()) as u64;
+        let cached = spec.layers.iter().map(|layer| cache_len(attention_shape(spec, options, layer)));
+        let kv_cache = (2 * cached.sum::<usize>() * options.kv.n_bytes()) as u64;
         Ok(Self { weights: by_type, kv_cache, workspace: WorkspaceSizes::new(spec, options).n_bytes() })
     }
 
