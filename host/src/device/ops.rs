@@ -5,7 +5,7 @@
 
 use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
 use kernels::attention::token::{grouped, partial_len, single};
-use kernels::attention::{kv_append, prefill};
+use kernels::attention::{kv_append, prefill, reciprocal};
 use kernels::experts::{decode as one, grouped as grouped_experts, prefill as many, sort, token as token_experts};
 use kernels::format::WeightFormat;
 use kernels::{
@@ -323,6 +323,14 @@ pub fn kv_append(
     }
 }
 
+/// Where [`attention`] writes, `[n_tokens, n_head d_head]`.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the element type; f16 is NaN where it cannot hold the value")]
+pub enum AttentionOut<'a> {
+    F32(View<'a, f32>),
+    F16(View<'a, f16>),
+}
+
 /// Attends from each of `n_tokens` tokens in `qkv` to the cache, which holds their own keys already.
 ///
 /// # Errors
@@ -330,7 +338,7 @@ pub fn kv_append(
 /// Those of the launch.
 pub fn attention(
     launcher: &dyn Launcher,
-    out: View<f32>,
+    out: AttentionOut,
     qkv: View<f32>,
     cache: Cache,
     state: View<u32>,
@@ -341,11 +349,15 @@ pub fn attention(
     cache.assert_holds(shape);
     assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_head), "sinks length");
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
-    assert_eq!(out.len(), n_tokens * shape.q_width(), "output length");
     assert!(shape.d_head.is_multiple_of(8) && shape.d_head <= 128, "head width");
     let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
     let (d, s, scale) = (shape.d_head as u32, shape.n_slots as u32, shape.scale);
-    let (out, qkv, state) = (out.slice(), qkv.slice(), state.slice());
+    let (out, out16) = match out {
+        AttentionOut::F32(out) => (out.slice(), DeviceSlice::new(0, 0)),
+        AttentionOut::F16(out) => (DeviceSlice::new(0, 0), out.slice()),
+    };
+    assert_eq!(out.len() + out16.len(), n_tokens * shape.q_width(), "output length");
+    let (qkv, state) = (qkv.slice(), state.slice());
     let (sinks, window) = (optional(sinks), shape.window.unwrap_or(0) as u32);
     // SAFETY: as in `embed`.
     unsafe {
@@ -356,7 +368,7 @@ pub fn attention(
                     _ => prefill::attention_prefill_f16_128::run,
                 };
                 let (launch, k, v) = (prefill::launch_f16(t, h), k.slice(), v.slice());
-                kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
+                kernel(launcher, launch, out, out16, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
             }
             Cache::F32 { k, v } => {
                 let kernel = match d {
@@ -365,7 +377,7 @@ pub fn attention(
                     _ => prefill::attention_prefill_f32_128::run,
                 };
                 let (launch, k, v) = (prefill::launch_f32(t, h), k.slice(), v.slice());
-                kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
+                kernel(launcher, launch, out, out16, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
             }
         }
     }
@@ -446,8 +458,26 @@ pub fn attention_token(
                 };
                 let (k, v) = (k.slice(), v.slice());
                 kernel(
-                    launcher, launch, out, partial, counters, qkv, k, v, k, v, state, f, sinks, h, hkv, d, s, window,
-                    scale, magnitude,
+                    launcher,
+                    launch,
+                    out,
+                    partial,
+                    counters,
+                    qkv,
+                    k,
+                    v,
+                    k,
+                    v,
+                    state,
+                    f,
+                    sinks,
+                    hkv,
+                    d,
+                    s,
+                    reciprocal(s),
+                    window,
+                    scale,
+                    magnitude,
                 )
             }
             Cache::F32 { k, v } => {
@@ -458,8 +488,26 @@ pub fn attention_token(
                 };
                 let (k, v) = (k.slice(), v.slice());
                 kernel(
-                    launcher, launch, out, partial, counters, qkv, k, v, k, v, state, f, sinks, h, hkv, d, s, window,
-                    scale, magnitude,
+                    launcher,
+                    launch,
+                    out,
+                    partial,
+                    counters,
+                    qkv,
+                    k,
+                    v,
+                    k,
+                    v,
+                    state,
+                    f,
+                    sinks,
+                    hkv,
+                    d,
+                    s,
+                    reciprocal(s),
+                    window,
+                    scale,
+                    magnitude,
                 )
             }
         }

@@ -8,7 +8,7 @@ use super::load::{DeviceWeights, Experts, Matrix};
 use super::plan::{WorkspaceSizes, attention_shape, cache_len, rope};
 use super::{Error, Gelu, KvType, LoadTimes, Options, ring};
 use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec};
-use crate::device::ops::{self, Cache, Epilogue, ExpertsMatrix, ExpertsWork, Rotation};
+use crate::device::ops::{self, AttentionOut, Cache, Epilogue, ExpertsMatrix, ExpertsWork, Rotation};
 use crate::device::{self, Arena, Buffer, Device, Graph, SharedDevice, View};
 use crate::sampler::Likeliest;
 
@@ -202,7 +202,8 @@ impl Model {
                 ops::rope(launcher, qkv, rotation, state, shape, n_tokens)?;
             }
             ops::kv_append(launcher, cache.view(), qkv, state, shape, n_tokens)?;
-            ops::attention(launcher, attended, qkv, cache.view(), state, sinks, shape, n_tokens)?;
+            let out = AttentionOut::F32(attended);
+            ops::attention(launcher, out, qkv, cache.view(), state, sinks, shape, n_tokens)?;
             self.linear(launcher, x, attended, &layer.attention_output, Epilogue::Add)?;
 
             self.norm(launcher, normed, x, &layer.ffn_norm)?;

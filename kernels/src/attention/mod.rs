@@ -85,6 +85,12 @@ impl Shape {
     }
 }
 
+/// What kernels that have no time to divide want to know of `n_slots`, which is at least 1.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const fn reciprocal(n_slots: u32) -> u64 {
+    u64::MAX / n_slots as u64
+}
+
 /// Consecutive positions of a cache: where they lie.
 #[derive(Clone, Copy)]
 struct Slots {
@@ -100,6 +106,16 @@ impl Slots {
         // Without a window positions end before `n_slots`, and no division delays the first load.
         let first = if shape.window > 0 { first_key % shape.n_slots.max(1) } else { first_key };
         Self { first, n_slots: shape.n_slots }
+    }
+
+    /// As [`from`](Self::from), with [`reciprocal`]`(n_slots)`: before the first load of a decode step, a division is a tenth of
+    /// a microsecond.
+    #[inline(always)]
+    fn without_division(shape: &Shape, first_key: u32, n_slots_reciprocal: u64) -> Self {
+        let quotient = ((u128::from(first_key) * u128::from(n_slots_reciprocal)) >> 64) as u32;
+        // The quotient is right or one too small.
+        let rest = first_key - quotient * shape.n_slots;
+        Self { first: rest.min(rest.wrapping_sub(shape.n_slots)), n_slots: shape.n_slots }
     }
 
     /// Where the position `i` after the first lies; `i` is at most `n_slots`.

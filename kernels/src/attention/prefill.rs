@@ -45,7 +45,7 @@ macro_rules! attention_prefill_f16 {
         ///
         /// - Math: `out[t, h, c] = Σⱼ pⱼ vⱼ[c] / (Σⱼ pⱼ + exp(z − M))`, `pⱼ = exp(scale · q·kⱼ − M)` over visible j, z: the
         ///   head's sink, or −∞; M: the largest exponent. q · scale and p are rounded to f16; scores, sums and M are f32.
-        /// - Shapes: `out`: `[n_tokens, n_head d_head]`; `qkv`: `[n_tokens, (n_head + 2 n_head_kv) d_head]`; caches:
+        /// - Shapes: `out`, `out16`: `[n_tokens, n_head d_head]`, one of them empty and not written; `qkv`: `[n_tokens, (n_head + 2 n_head_kv) d_head]`; caches:
         ///   `[n_head_kv, n_slots, d_head]`, this launch's keys and values included; `state`: `[1]`, the first token's position;
         ///   `sinks`: empty or `[n_head]`.
         /// - Launch: [`launch_f16`]`(n_tokens, n_head)`, the longest rows first. A warp takes 16 queries, the block 64 keys at a
@@ -63,6 +63,7 @@ macro_rules! attention_prefill_f16 {
         #[kernel(threads = THREADS, blocks_per_sm = $blocks)]
         pub unsafe fn $name(
             out: Disjoint<f32>,
+            out16: Disjoint<f16>,
             qkv: Global<f32>,
             k_cache: Global<f16>,
             v_cache: Global<f16>,
@@ -80,7 +81,7 @@ macro_rules! attention_prefill_f16 {
             let tiles = (shared_array!($k_symbol: [f16; $tile]), shared_array!($v_symbol: [f16; $tile]));
             // SAFETY: the launch contract.
             unsafe {
-                prefill_f16::<$k_steps, $n_tiles>(out, qkv, k_cache, v_cache, state, sinks, n_tokens, &shape, tiles);
+                prefill_f16::<$k_steps, $n_tiles>(out, out16, qkv, k_cache, v_cache, state, sinks, n_tokens, &shape, tiles);
             }
         }
     };
@@ -107,6 +108,7 @@ macro_rules! attention_prefill_f32 {
         #[kernel(threads = THREADS, blocks_per_sm = 4)]
         pub unsafe fn $name(
             out: Disjoint<f32>,
+            out16: Disjoint<f16>,
             qkv: Global<f32>,
             k_cache: Global<f32>,
             v_cache: Global<f32>,
@@ -141,7 +143,13 @@ macro_rules! attention_prefill_f32 {
             if t < d_head {
                 let to = token as usize * (n_head * d_head) as usize + (head * d_head + t) as usize;
                 // SAFETY: column t of this block's row is this thread's alone.
-                unsafe { out.write(to, column.o * factor) };
+                unsafe {
+                    if out16.len() > 0 {
+                        out16.write(to, f16::round(column.o * factor));
+                    } else {
+                        out.write(to, column.o * factor);
+                    }
+                }
             }
         }
     };
@@ -159,6 +167,7 @@ attention_prefill_f32!(attention_prefill_f32_128, 16);
 #[inline(always)]
 unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
     out: Disjoint<f32>,
+    out16: Disjoint<f16>,
     qkv: Global<f32>,
     k_cache: Global<f16>,
     v_cache: Global<f16>,
@@ -316,13 +325,26 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
         let factor = normalizer(m[row], unsafe { warp::sum_of::<4>(l[row]) }, sink);
         let token = token + 8 * row as u32;
         let to = token as usize * (shape.n_head * shape.d_head) as usize + (head * shape.d_head + 2 * t) as usize;
+        // One branch for all columns of the row.
+        let is_f16 = out16.len() > 0;
         let mut n = 0;
-        while n < N_TILES {
+        while n < N_TILES && !is_f16 {
             if token < n_tokens && 8 * (n as u32) < shape.d_head {
                 // SAFETY: these two columns of the row are this lane's alone.
                 unsafe {
                     out.write(to + 8 * n, o[n][2 * row] * factor);
                     out.write(to + 8 * n + 1, o[n][2 * row + 1] * factor);
+                }
+            }
+            n += 1;
+        }
+        let mut n = 0;
+        while n < N_TILES && is_f16 {
+            if token < n_tokens && 8 * (n as u32) < shape.d_head {
+                // SAFETY: as above.
+                unsafe {
+                    out16.write(to + 8 * n, f16::round(o[n][2 * row] * factor));
+                    out16.write(to + 8 * n + 1, f16::round(o[n][2 * row + 1] * factor));
                 }
             }
             n += 1;

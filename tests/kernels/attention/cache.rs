@@ -143,3 +143,25 @@ fn rings_give_the_bits_of_whole_caches_in_any_chunking() {
         }
     }
 }
+
+#[test]
+fn rings_of_many_splits_give_the_bits_of_whole_caches() {
+    let whole = Model { n_head: 2, n_head_kv: 1, d_head: 16, n_slots: 1000, window: 650, sinks: true };
+    let qkv = whole.qkv(20, 1000);
+    for device in devices() {
+        for (kv, on_tensor_cores) in [(Kv::F32, false), (Kv::F16, false), (Kv::F16, true)] {
+            let [expected, found] = [1000, 700].map(|n_slots| {
+                let model = Model { n_slots, ..whole };
+                let session = Session::new(&device, model, kv, 50);
+                let mut rows = qkv.chunks(model.width()).map(|row| row.to_vec());
+                for first in (0..950).step_by(50) {
+                    session.append(first, &rows.by_ref().take(50).collect::<Vec<_>>().concat());
+                }
+                (950..955)
+                    .flat_map(|i| session.decode(i, &rows.next().unwrap(), 6, on_tensor_cores))
+                    .collect::<Vec<_>>()
+            });
+            assert_eq!(found, expected, "{kv:?}, on tensor cores {on_tensor_cores}");
+        }
+    }
+}

@@ -12,6 +12,7 @@ use kernels::attention::prefill::{
     attention_prefill_f16_64, attention_prefill_f16_128, attention_prefill_f32_32, attention_prefill_f32_64,
     attention_prefill_f32_128, launch_f16, launch_f32,
 };
+use kernels::attention::reciprocal;
 use kernels::attention::token::grouped::{self, attention_token_grouped_f16_64, attention_token_grouped_f16_128};
 use kernels::attention::token::partial_len;
 use kernels::attention::token::single::{
@@ -143,6 +144,7 @@ type Prefill<E> = unsafe fn(
     &dyn Launcher,
     Launch,
     DeviceSlice<f32>,
+    DeviceSlice<f16>,
     DeviceSlice<f32>,
     DeviceSlice<E>,
     DeviceSlice<E>,
@@ -174,7 +176,7 @@ type Token<E> = unsafe fn(
     u32,
     u32,
     u32,
-    u32,
+    u64,
     u32,
     f32,
     f32,
@@ -245,15 +247,22 @@ impl<'a> Session<'a> {
     /// Appends the tokens of `qkv` at `position` and attends from them.
     #[track_caller]
     fn prefill(&self, position: usize, qkv: &[f32]) -> Vec<f32> {
+        let len = qkv.len() / self.model.width() * self.model.n_head * self.model.d_head;
+        let out = self.device.poisoned(len);
+        self.prefill_to(position, qkv, &out, &self.device.none());
+        out.to_vec().unwrap()
+    }
+
+    #[track_caller]
+    fn prefill_to(&self, position: usize, qkv: &[f32], out: &Buffer<f32>, out16: &Buffer<f16>) {
         self.append(position, qkv);
         let n_tokens = qkv.len() / self.model.width();
-        let out = self.device.poisoned(n_tokens * self.model.n_head * self.model.d_head);
         let (n, [n_head, _, d_head, ..]) = (n_tokens as u32, self.sizes());
         let narrow = d_head <= 64;
         match &self.caches {
             Caches::F16(k, v) => {
                 let kernel = if narrow { attention_prefill_f16_64::run } else { attention_prefill_f16_128::run };
-                self.run_prefill(kernel, launch_f16(n, n_head), &out, k, v, n);
+                self.run_prefill(kernel, launch_f16(n, n_head), out, out16, k, v, n);
             }
             Caches::F32(k, v) => {
                 let kernel = match d_head {
@@ -261,10 +270,9 @@ impl<'a> Session<'a> {
                     33..=64 => attention_prefill_f32_64::run,
                     _ => attention_prefill_f32_128::run,
                 };
-                self.run_prefill(kernel, launch_f32(n, n_head), &out, k, v, n);
+                self.run_prefill(kernel, launch_f32(n, n_head), out, out16, k, v, n);
             }
         }
-        out.to_vec().unwrap()
     }
 
     #[track_caller]
@@ -273,6 +281,7 @@ impl<'a> Session<'a> {
         kernel: Prefill<E>,
         launch: Launch,
         out: &Buffer<f32>,
+        out16: &Buffer<f16>,
         k: &Buffer<E>,
         v: &Buffer<E>,
         n_tokens: u32,
@@ -286,6 +295,7 @@ impl<'a> Session<'a> {
                 device,
                 launch,
                 out.slice(),
+                out16.slice(),
                 qkv,
                 k,
                 v,
@@ -368,7 +378,7 @@ impl<'a> Session<'a> {
         k: &Buffer<E>,
         v: &Buffer<E>,
     ) -> Result<Vec<f32>, LaunchError> {
-        let ([n_head, n_head_kv, d_head, n_slots, window], scale) = (self.sizes(), self.model.scale());
+        let ([_, n_head_kv, d_head, n_slots, window], scale) = (self.sizes(), self.model.scale());
         let out = self.device.poisoned(self.model.n_head * self.model.d_head);
         let partial = self.partial(launch.grid[1] as usize);
         let (k, v) = (k.slice(), v.slice());
@@ -388,10 +398,10 @@ impl<'a> Session<'a> {
                 self.state.slice(),
                 self.frequencies.slice(),
                 self.sinks.slice(),
-                n_head,
                 n_head_kv,
                 d_head,
                 n_slots,
+                reciprocal(n_slots),
                 window,
                 scale,
                 self.magnitude,

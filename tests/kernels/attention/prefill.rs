@@ -1,3 +1,4 @@
+use cuda_std::f16;
 use gamma_tests::{assert_close, devices, relative_error};
 
 use super::{FULL_PRECISION, Kv, MODEL, Model, Session, TENSOR_CORES};
@@ -40,6 +41,21 @@ fn windows_end_at_the_right_key() {
 #[test]
 fn sinks_enter_the_denominator() {
     check_prefill(Model { sinks: true, n_head: 2, ..MODEL }, 66, &[66]);
+}
+
+#[test]
+fn outputs_may_be_f16() {
+    let model = Model { n_head: 2, n_head_kv: 1, d_head: 24, ..MODEL };
+    let qkv = model.qkv(2, 70);
+    for device in devices() {
+        for kv in [Kv::F16, Kv::F32] {
+            let session = Session::new(&device, model, kv, 70);
+            let out16 = device.poisoned(70 * 2 * 24);
+            session.prefill_to(0, &qkv, &device.none(), &out16);
+            let expected = session.prefill(0, &qkv).into_iter().map(f16::from_f32).collect::<Vec<_>>();
+            assert_eq!(out16.to_vec().unwrap(), expected, "{kv:?}");
+        }
+    }
 }
 
 /// Prefills in pieces of the given sizes, with both caches, and compares; then shows that the comparison would notice,

@@ -20,18 +20,19 @@ fn decoding_token_by_token_is_prefill() {
 
 #[test]
 fn contexts_of_many_splits_follow_the_reference() {
-    // 700 cached keys: 11 units of 64, or 6 of 128; in 4 splits, 4 of three units, or 3 of two.
+    // 700 cached keys: 11 units of 64, or 6 of 128; in 4 splits, 4 of three units or 3 of two.
     for n_splits in [1, 4, 8, MAX_SPLITS as usize] {
         check_decode(Model { n_head: 2, n_head_kv: 1, n_slots: 704, ..MODEL }, 701, 1, n_splits);
     }
     check_decode(Model { n_head: 16, n_head_kv: 2, d_head: 128, n_slots: 704, sinks: true, ..MODEL }, 701, 1, 8);
+    check_decode(Model { n_head: 11, n_head_kv: 1, n_slots: 704, ..MODEL }, 701, 1, 8);
 }
 
 #[test]
 fn split_edges_are_exact() {
-    // Keys before the new one: around a warp's step, a block's, and one, two and three units of either kernel.
-    for n_cached in [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 192, 193, 255, 256, 257, 384, 385] {
-        check_decode(Model { n_head: 2, n_head_kv: 1, sinks: true, n_slots: 400, ..MODEL }, n_cached + 1, 1, 4);
+    // Keys before the new one: around a warp's step, a block's, and where the work of one block ends for either kernel.
+    for n_cached in [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 320, 321, 511, 512, 513, 640, 641] {
+        check_decode(Model { n_head: 2, n_head_kv: 1, sinks: true, n_slots: 700, ..MODEL }, n_cached + 1, 1, 6);
     }
 }
 
@@ -57,15 +58,15 @@ fn decoding_in_a_window_reads_its_keys_only() {
 
 #[test]
 fn splits_past_the_end_are_neither_written_nor_read() {
-    let model = Model { n_head: 2, n_head_kv: 1, n_slots: 512, ..MODEL };
-    let (qkv, n_keys, n_splits) = (model.qkv(1, 400), 400, 8);
+    let model = Model { n_head: 2, n_head_kv: 1, n_slots: 700, ..MODEL };
+    let (qkv, n_keys, n_splits) = (model.qkv(1, 700), 700, 8);
     for device in devices() {
-        // 399 keys are 7 units of 64, or 4 of 128.
-        for (on_tensor_cores, n_in_use) in [(false, 7), (true, 4)] {
-            let session = Session::new(&device, model, Kv::F16, 400);
-            session.load(&qkv[..399 * model.width()]);
+        // 699 keys are 11 units of 64, two a split, or 6 of 128.
+        for (on_tensor_cores, n_in_use) in [(false, 6), (true, 6)] {
+            let session = Session::new(&device, model, Kv::F16, 700);
+            session.load(&qkv[..699 * model.width()]);
             session.partial(n_splits).fill_bytes(0xff).unwrap();
-            let found = session.decode(n_keys - 1, &qkv[399 * model.width()..], n_splits, on_tensor_cores);
+            let found = session.decode(n_keys - 1, &qkv[699 * model.width()..], n_splits, on_tensor_cores);
             assert!(found.iter().all(|x| x.is_finite()), "on tensor cores {on_tensor_cores}: {found:?}");
             let partial = session.partial(n_splits).to_vec().unwrap();
             let outputs = &partial[..model.n_head * n_splits * model.d_head];
@@ -79,12 +80,12 @@ fn splits_past_the_end_are_neither_written_nor_read() {
 
 #[test]
 fn splits_suit_the_context_and_fill_the_machine() {
-    // Two units are one block's work; then a split each, until the blocks fill 132 SMs.
-    assert_eq!([0, 128, 129, 1024].map(|n_keys| single::n_splits(n_keys, 12)), [1, 1, 3, 16]);
+    // Four units are one block's work; then a split each, until the blocks fill 132 SMs.
+    assert_eq!([0, 256, 257, 1024].map(|n_keys| single::n_splits(n_keys, 12)), [1, 1, 5, 16]);
     assert_eq!(single::n_splits(131_072, 12), 22);
     assert_eq!(single::n_splits(131_072, 1), MAX_SPLITS);
     assert_eq!(single::n_splits(131_072, 1000), 1);
-    assert_eq!([127, 256, 257, 1024].map(|n_keys| grouped::n_splits(n_keys, 64, 8, 64)), [1, 1, 3, 8]);
+    assert_eq!([127, 512, 513, 1024].map(|n_keys| grouped::n_splits(n_keys, 64, 8, 64)), [1, 1, 5, 8]);
     assert_eq!([grouped::n_splits(131_072, 64, 8, 64), grouped::n_splits(131_072, 64, 8, 128)], [16, 32]);
 }
 

@@ -64,9 +64,9 @@ macro_rules! attention_token_grouped {
         ///   at no cost.
         /// - Shapes: as there; `counters`: at least x of the launch.
         /// - Launch: [`launch`]`(n_head, n_head_kv, d_head, n_splits)`. A warp takes 16 keys at a time.
-        /// - Shared memory: 38 KB: 16 keys and values a warp under way, copied by the lane that needs them as operands (the
-        ///   order of columns in a product is free, so 16 bytes are a lane's operands as they lie) and so behind no barrier;
-        ///   the queries, and at the end the warps' outputs. Two barriers, and two more to join splits.
+        /// - Shared memory: 38 KB: 16 keys and values a warp under way, the queries, and at the end the warps' outputs. The
+        ///   order of columns in a product is free, so 16 bytes of the cache are a lane's operands as they lie. Two barriers, and
+        ///   two more to join splits.
         /// - Cost: memory bound, `4 · n_keys · n_head_kv · d_head` bytes; short contexts, latency of three dependent loads.
         /// - Determinism: one fixed order of operations; tensor cores sum in their own, the same on every run.
         /// - Source: as there.
@@ -87,14 +87,15 @@ macro_rules! attention_token_grouped {
             state: Global<u32>,
             frequencies: Global<u64>,
             sinks: Global<f32>,
-            n_head: u32,
             n_head_kv: u32,
             d_head: u32,
             n_slots: u32,
+            n_slots_reciprocal: u64,
             window: u32,
             scale: f32,
             magnitude: f32,
         ) {
+            let n_head = out.len() as u32 / d_head.max(1);
             let shape = Shape { n_head, n_head_kv, d_head, n_slots, window, scale };
             let shared = BlockMemory {
                 ring: shared_array!($ring: [f16; RING]),
@@ -107,7 +108,7 @@ macro_rules! attention_token_grouped {
             unsafe {
                 attend::<$halves, $heads>(
                     out, partial, counters, qkv, [k_new, v_new], [k_cache, v_cache], state, frequencies, sinks, &shape,
-                    magnitude, shared,
+                    n_slots_reciprocal, magnitude, shared,
                 );
             }
         }
@@ -137,7 +138,7 @@ attention_token_grouped!(
 
 #[derive(Clone, Copy)]
 struct BlockMemory {
-    /// For each warp `[8 HALVES, 32 lanes, 8]`, later `[8 heads, 64 HALVES]` of f32.
+    /// For each warp `[16 keys, 64 HALVES]` and values alike, swizzled; later `[8 heads, 64 HALVES]` of f32.
     ring: Shared<f16>,
     /// `[8 heads, 64 HALVES + 4]`, times `scale · log2 e`.
     queries: Shared<f32>,
@@ -169,6 +170,7 @@ unsafe fn attend<const HALVES: usize, const HEADS: usize>(
     frequencies: Global<u64>,
     sinks: Global<f32>,
     shape: &Shape,
+    n_slots_reciprocal: u64,
     magnitude: f32,
     shared: BlockMemory,
 ) {
@@ -220,41 +222,30 @@ unsafe fn attend<const HALVES: usize, const HEADS: usize>(
     }
     // Of the cached keys, counted from the first visible.
     let (begin, end) = (split * length, n_cached.min((split + 1) * length));
-    let slots = Slots::from(shape, first_key);
+    let slots = Slots::without_division(shape, first_key, n_slots_reciprocal);
     // SAFETY: the launch contract.
     let (k, v) = unsafe { (shape.head_of(k_cache, kv_head), shape.head_of(v_cache, kv_head)) };
 
+    // A warp copies whole rows, for whole cache lines, 8 elements a lane; rows of values lie behind the keys'.
     let ring = warp_idx * (2048 * HALVES as u32);
-    let piece_of = |piece: u32| (ring + (32 * piece + lane) * 8) as usize;
-    // Keys past the end, and columns past the last, become zero.
+    let chunks = 8 * HALVES as u32;
+    let (copy_row, copy_chunk) = (lane / chunks, lane % chunks);
     let copy_step = |at: u32| {
-        let mut tile = 0;
-        while tile < 2 {
-            let key = at + 8 * tile + g;
-            let row = slots.of(key) * d;
-            let mut part = 0;
-            while part < 2 * HALVES as u32 {
-                let column = 32 * part + 8 * t;
-                let to = piece_of(2 * HALVES as u32 * tile + part);
-                // SAFETY: 16 bytes of this lane's alone; if valid, inside the cache and a multiple of 8 elements.
-                unsafe { shared.ring.copy_async(to, k, (row + column) as usize, key < end && column < d) };
-                part += 1;
+        let mut i = 0;
+        while i < 4 * HALVES as u32 {
+            let row = copy_row + 32 / chunks * i;
+            let (key, column) = (at + row, 8 * copy_chunk);
+            let from = (slots.of(key) * d + column) as usize;
+            // Keys past the end, and columns past the last, become zero.
+            let valid = key < end && column < d;
+            let key_to = ring + (row * chunks + (copy_chunk ^ key_swizzle(row))) * 8;
+            let value_to = ring + ((16 + row) * chunks + (copy_chunk ^ value_swizzle(row))) * 8;
+            // SAFETY: 16 bytes that the warp has read; if valid, inside the cache and a multiple of 8 elements.
+            unsafe {
+                shared.ring.copy_async(key_to as usize, k, from, valid);
+                shared.ring.copy_async(value_to as usize, v, from, valid);
             }
-            tile += 1;
-        }
-        let mut n = 0;
-        while n < 4 {
-            let key = at + 2 * t + n % 2 + 8 * (n / 2);
-            let row = slots.of(key) * d;
-            let mut i = 0;
-            while i < HALVES as u32 {
-                let column = 64 * i + 8 * g;
-                let to = piece_of(4 * (HALVES as u32 + i) + n);
-                // SAFETY: as above.
-                unsafe { shared.ring.copy_async(to, v, (row + column) as usize, key < end && column < d) };
-                i += 1;
-            }
-            n += 1;
+            i += 1;
         }
         cp_async::commit();
     };
@@ -337,16 +328,27 @@ unsafe fn attend<const HALVES: usize, const HEADS: usize>(
     while at < end {
         // A whole warp is here: `at` is the same for its lanes.
         cp_async::wait::<0>();
-        // SAFETY: this lane's own copies, waited for.
-        let (keys, values): ([[[[u32; 4]; 2]; HALVES]; 2], [[[u32; 4]; 4]; HALVES]) = unsafe {
-            let load = |piece: usize| shared.ring.load16(piece_of(piece as u32));
-            (
-                core::array::from_fn(|tile| {
-                    core::array::from_fn(|i| core::array::from_fn(|j| load(2 * HALVES * tile + 2 * i + j)))
-                }),
-                core::array::from_fn(|i| core::array::from_fn(|n| load(4 * HALVES + 4 * i + n))),
-            )
-        };
+        // SAFETY: all 32 lanes are here, and each has waited for its copies.
+        unsafe { warp::sync() };
+        let keys: [[[[u32; 4]; 2]; HALVES]; 2] = core::array::from_fn(|tile| {
+            core::array::from_fn(|i| {
+                core::array::from_fn(|j| {
+                    let (row, chunk) = (8 * tile as u32 + g, (8 * i + 4 * j) as u32 + t);
+                    // SAFETY: copied, waited for, and past the warp's barrier.
+                    unsafe { shared.ring.load16((ring + (row * chunks + (chunk ^ key_swizzle(row))) * 8) as usize) }
+                })
+            })
+        });
+        let values: [[[u32; 4]; 4]; HALVES] = core::array::from_fn(|i| {
+            core::array::from_fn(|n| {
+                let (row, chunk) = (2 * t + n as u32 % 2 + 8 * (n as u32 / 2), 8 * i as u32 + g);
+                let from = ring + ((16 + row) * chunks + (chunk ^ value_swizzle(row))) * 8;
+                // SAFETY: as above.
+                unsafe { shared.ring.load16(from as usize) }
+            })
+        });
+        // SAFETY: all 32 lanes are here, and have their operands: the ring takes the next.
+        unsafe { warp::sync() };
         let next = at + warps * KEYS_PER_STEP;
         if next < end {
             copy_step(next);
@@ -405,11 +407,8 @@ unsafe fn attend<const HALVES: usize, const HEADS: usize>(
     }
 
     // The warp's part of the ring becomes its outputs, f32 in place of pairs of f16.
-    // SAFETY: all 32 lanes are here, and have read their last copies.
-    l = unsafe {
-        warp::sync();
-        warp::sum_of::<4>(l)
-    };
+    // SAFETY: all 32 lanes are here, and have read their last copies: a barrier of the warp lies behind that.
+    l = unsafe { warp::sum_of::<4>(l) };
     let mut i = 0;
     while i < HALVES {
         let mut n = 0;
@@ -482,6 +481,19 @@ unsafe fn attend<const HALVES: usize, const HEADS: usize>(
     }
 }
 
+/// Where in its row a chunk of 8 elements lies: 8 lanes that load together, of two neighbouring keys and 4 chunks, then
+/// meet different banks.
+#[inline(always)]
+fn key_swizzle(row: u32) -> u32 {
+    4 * (row % 2)
+}
+
+/// As [`key_swizzle`], for 8 lanes of every other of 8 keys and two neighbouring chunks.
+#[inline(always)]
+fn value_swizzle(row: u32) -> u32 {
+    row & 6
+}
+
 /// A head over a block's keys; `o[i][j]` is column `64 i + 32 j + lane`.
 struct Merged<const HALVES: usize> {
     m: f32,
@@ -519,15 +531,18 @@ unsafe fn merge_warps<const HALVES: usize>(
     let mut warp_idx = 0;
     while warp_idx < warps {
         // SAFETY: as above.
-        let weight = unsafe { Float::exp2(shared.m.read(at(warp_idx)) - m) };
-        l += weight * unsafe { shared.l.read(at(warp_idx)) };
+        let (of_warp, sum) = unsafe { (shared.m.read(at(warp_idx)), shared.l.read(at(warp_idx))) };
+        let weight = Float::exp2(of_warp - m);
+        l += weight * sum;
         let mut i = 0;
         while i < HALVES {
             let mut j = 0;
             while j < 2 {
                 let column = 64 * i as u32 + 32 * j as u32 + lane;
                 let from = warp_idx * (2048 * HALVES as u32) + 2 * (row * 64 * HALVES as u32 + column);
-                o[i][j] += weight * f32::from_bits(unsafe { shared.ring.load4(from as usize) });
+                // SAFETY: as above.
+                let x = unsafe { shared.ring.load4(from as usize) };
+                o[i][j] += weight * f32::from_bits(x);
                 j += 1;
             }
             i += 1;

@@ -15,10 +15,10 @@ pub mod single;
 /// The most splits of a head: a lane each, for the warp that joins them.
 pub const MAX_SPLITS: u32 = 32;
 
-/// So many units are one block's work even if there are more blocks: joining costs more than a second round of loads.
-const UNITS_OF_ONE_BLOCK: u32 = 2;
+/// So many units are one block's work even if there are more blocks: joining costs as much as three more rounds of loads.
+const UNITS_OF_ONE_BLOCK: u32 = 4;
 /// Splits whose outputs are under way at a time while they are joined.
-const SPLITS_AT_ONCE: usize = 8;
+const SPLITS_AT_ONCE: usize = 16;
 
 /// How many splits a launch for contexts up to `n_keys` should have, in `unit`s of keys, when its grid is `blocks` wide
 /// without them (x of the launch) and `wanted` fill the machine. A window bounds `n_keys`. At least 1, at most [`MAX_SPLITS`].
@@ -217,6 +217,18 @@ unsafe fn join<const COLUMNS: usize>(
     lane: u32,
 ) {
     let (output, sums) = partial_of(shape, head, 0, n_splits);
+    let load_rows = |first: u32| -> [[f32; COLUMNS]; SPLITS_AT_ONCE] {
+        core::array::from_fn(|step| {
+            let split = (first + step as u32).min(in_use - 1);
+            core::array::from_fn(|c| {
+                let column = (lane + 32 * c as u32).min(shape.d_head - 1);
+                // SAFETY: a split in use; `column < d_head`.
+                unsafe { partial.read_unchecked(output + (split * shape.d_head + column) as usize) }
+            })
+        })
+    };
+    // All that is read is under way at once, if there are few splits.
+    let mut rows = load_rows(0);
     let (mut m, mut l) = (NO_SCORE, 0.0);
     if lane < in_use {
         // SAFETY: the row of a split in use.
@@ -234,17 +246,9 @@ unsafe fn join<const COLUMNS: usize>(
     let mut o = [0.0f32; COLUMNS];
     let mut first = 0;
     while first < in_use {
-        let rows: [[f32; COLUMNS]; SPLITS_AT_ONCE] = core::array::from_fn(|step| {
-            let split = (first + step as u32).min(in_use - 1);
-            core::array::from_fn(|c| {
-                let column = (lane + 32 * c as u32).min(shape.d_head - 1);
-                // SAFETY: a split in use; `column < d_head`.
-                unsafe { partial.read_unchecked(output + (split * shape.d_head + column) as usize) }
-            })
-        });
         let mut step = 0;
         while step < SPLITS_AT_ONCE {
-            // SAFETY: all 32 lanes are here: `in_use` is the block's. `first` is a multiple of 8 below 32.
+            // SAFETY: all 32 lanes are here: `in_use` is the block's. `first` is a multiple of 16 below 32.
             let of_split = unsafe { warp::shuffle(weight, first + step as u32) };
             let of_split = if first + (step as u32) < in_use { of_split } else { 0.0 };
             let mut c = 0;
@@ -255,6 +259,9 @@ unsafe fn join<const COLUMNS: usize>(
             step += 1;
         }
         first += SPLITS_AT_ONCE as u32;
+        if first < in_use {
+            rows = load_rows(first);
+        }
     }
     let mut c = 0;
     while c < COLUMNS {

@@ -51,11 +51,12 @@ macro_rules! attention_token {
         ///   [`rope`](fn@crate::rope::rope) does, `magnitude` included. `k_cache[h, i mod n_slots] = k`, and v alike, rounded
         ///   once. `out[h, c] = Σⱼ pⱼ vⱼ[c] / (Σⱼ pⱼ + exp(z − M))`, `pⱼ = exp(scale · q·kⱼ − M)` over the visible j, the new
         ///   one as the cache has it, z: the head's sink, or −∞; M: the largest exponent. NaN where the cache cannot hold |x|.
-        /// - Shapes: `out`: `[n_head, d_head]`; `partial`: [`partial_len`](super::partial_len)`(n_head, d_head, n_splits)`,
+        /// - Shapes: `out`: `[n_head, d_head]`, which says `n_head`; `partial`: [`partial_len`](super::partial_len)`(n_head, d_head, n_splits)`,
         ///   contents of no matter; `counters`: `[n_head]`, zero before the first launch and after each; `qkv`: `[1, (n_head +
         ///   2 n_head_kv) d_head]`; `k_new` and `k_cache`: one memory, `[n_head_kv, n_slots, d_head]`, written by the one name
         ///   and read by the other; `v_new`, `v_cache` alike; `state`: `[1]`, the token's position; `frequencies`: empty or
-        ///   `[d_head / 2]`, made by [`frequency`](crate::rope::frequency); `sinks`: empty or `[n_head]`. A position past
+        ///   `[d_head / 2]`, made by [`frequency`](crate::rope::frequency); `sinks`: empty or `[n_head]`;
+        ///   `n_slots_reciprocal`: [`reciprocal`](crate::attention::reciprocal)`(n_slots)`. A position past
         ///   `n_slots` traps, unless the cache is a ring: `window > 0` and `n_slots >= window`.
         /// - Launch: [`launch`]`(n_head, n_splits)`. 4, 8 or 16 lanes take a key, a lane 8 of its elements, four keys at a time.
         ///   The keys are divided among as many splits as have at least 64 each; the blocks of the others return.
@@ -83,21 +84,22 @@ macro_rules! attention_token {
             state: Global<u32>,
             frequencies: Global<u64>,
             sinks: Global<f32>,
-            n_head: u32,
             n_head_kv: u32,
             d_head: u32,
             n_slots: u32,
+            n_slots_reciprocal: u64,
             window: u32,
             scale: f32,
             magnitude: f32,
         ) {
+            let n_head = out.len() as u32 / d_head.max(1);
             let shape = Shape { n_head, n_head_kv, d_head, n_slots, window, scale };
             let shared = (shared_array!($q: [f32; QUERIES]), shared_array!($flags: [u32; FLAGS]));
             // SAFETY: the launch contract.
             unsafe {
                 attend_token::<$element, $lanes, $pairs>(
                     out, partial, counters, qkv, [k_new, v_new], [k_cache, v_cache], state, frequencies, sinks, &shape,
-                    magnitude, shared,
+                    n_slots_reciprocal, magnitude, shared,
                 );
             }
         }
@@ -128,6 +130,7 @@ unsafe fn attend_token<E: CacheElement, const LANES: u32, const PAIRS: usize>(
     frequencies: Global<u64>,
     sinks: Global<f32>,
     shape: &Shape,
+    n_slots_reciprocal: u64,
     magnitude: f32,
     (queries, flags): (Shared<f32>, Shared<u32>),
 ) {
@@ -167,7 +170,7 @@ unsafe fn attend_token<E: CacheElement, const LANES: u32, const PAIRS: usize>(
     }
     // Of the cached keys, counted from the first visible.
     let (begin, end) = (split * length, n_cached.min((split + 1) * length));
-    let slots = Slots::from(shape, first_key);
+    let slots = Slots::without_division(shape, first_key, n_slots_reciprocal);
 
     let any = frequencies.len() > 0;
     let turns = turns_of(radians, any, position, magnitude);
