@@ -13,6 +13,7 @@
 
 pub mod argmax;
 pub mod attention;
+mod block;
 pub mod embed;
 pub mod experts;
 pub mod format;
