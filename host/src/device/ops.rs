@@ -463,32 +463,36 @@ pub fn experts(
 /// Candidates that [`argmax`] needs room for.
 pub const ARGMAX_PARTS: usize = argmax_kernel::PARTS as usize;
 
+/// Where [`argmax`] works.
+#[derive(Clone, Copy)]
+pub struct ArgmaxWork<'a> {
+    /// `[ARGMAX_PARTS]`.
+    pub best_logits: View<'a, f32>,
+    /// `[ARGMAX_PARTS]`.
+    pub best_ids: View<'a, u32>,
+    /// `[1]`, set to 0 before the first launch; every launch leaves it so.
+    pub arrived: View<'a, u32>,
+}
+
 /// The id of the largest logit into `token[0]`, and `state[0] += n_tokens`.
 ///
 /// # Errors
 ///
-/// Those of the launches.
+/// Those of the launch.
 pub fn argmax(
     launcher: &dyn Launcher,
     token: View<u32>,
     state: View<u32>,
     logits: View<f32>,
-    best: (View<f32>, View<u32>),
+    work: ArgmaxWork,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
     assert!(!token.is_empty() && !state.is_empty(), "lengths");
-    assert_eq!((best.0.len(), best.1.len()), (ARGMAX_PARTS, ARGMAX_PARTS), "candidates");
-    let (best_logits, best_ids) = (best.0.slice(), best.1.slice());
-    let (token, state, launch) = (token.slice(), state.slice(), argmax_kernel::launch());
+    assert_eq!((work.best_logits.len(), work.best_ids.len()), (ARGMAX_PARTS, ARGMAX_PARTS), "candidates");
+    assert!(!work.arrived.is_empty(), "counter");
+    let launch = argmax_kernel::launch(logits.len() as u32);
+    let (best_logits, best_ids, arrived) = (work.best_logits.slice(), work.best_ids.slice(), work.arrived.slice());
+    let (token, state, logits, n) = (token.slice(), state.slice(), logits.slice(), n_tokens as u32);
     // SAFETY: as in `embed`.
-    unsafe {
-        argmax_kernel::argmax_parts::run(
-            launcher,
-            argmax_kernel::launch_parts(),
-            best_logits,
-            best_ids,
-            logits.slice(),
-        )?;
-        argmax_kernel::argmax::run(launcher, launch, token, state, best_logits, best_ids, n_tokens as u32)
-    }
+    unsafe { argmax_kernel::argmax::run(launcher, launch, token, state, best_logits, best_ids, arrived, logits, n) }
 }

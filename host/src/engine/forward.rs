@@ -64,6 +64,7 @@ struct Workspace {
     /// Candidates of argmax.
     best_logits: Buffer<f32>,
     best_ids: Buffer<u32>,
+    arrived: Buffer<u32>,
     /// For mixtures of experts, as `WorkspaceSizes` says.
     router_logits: Buffer<f32>,
     expert_ids: Buffer<u32>,
@@ -120,6 +121,7 @@ pub(super) fn new(
         partial: Buffer::new(&device, sizes.partial)?,
         best_logits: Buffer::new(&device, ops::ARGMAX_PARTS)?,
         best_ids: Buffer::new(&device, ops::ARGMAX_PARTS)?,
+        arrived: Buffer::from_slice(&device, &[0])?,
         router_logits: Buffer::new(&device, sizes.router_logits)?,
         expert_ids: Buffer::new(&device, sizes.pairs)?,
         expert_weights: Buffer::new(&device, sizes.pairs)?,
@@ -180,8 +182,10 @@ impl Model {
     /// The likeliest token into `work.tokens[0]`, and the position moved on.
     fn choose(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
         let (token, state) = (self.work.tokens.view().part(0..1), self.work.state.view());
-        let best = (self.work.best_logits.view(), self.work.best_ids.view());
-        ops::argmax(launcher, token, state, self.work.logits.view(), best, n_tokens)
+        let Workspace { best_logits, best_ids, arrived, logits, .. } = &self.work;
+        let work =
+            ops::ArgmaxWork { best_logits: best_logits.view(), best_ids: best_ids.view(), arrived: arrived.view() };
+        ops::argmax(launcher, token, state, logits.view(), work, n_tokens)
     }
 
     fn norm(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, norm: &NormSpec) -> Result<(), LaunchError> {

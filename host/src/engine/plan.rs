@@ -65,7 +65,7 @@ impl WorkspaceSizes {
         let dense = [self.tokens, self.x, self.normed, self.qkv, self.attended, self.inner, self.logits, self.partial];
         // Choices, their weights and the sorted list are `pairs` each; a frequency is two words, the position one.
         let others = [self.router_logits, 3 * self.pairs, self.tiles, self.expert_out, 2 * self.frequencies, 1];
-        let argmax = 2 * ops::ARGMAX_PARTS;
+        let argmax = 2 * ops::ARGMAX_PARTS + 1;
         dense.iter().chain(&others).chain(&[argmax]).map(|&words| 4 * words as u64).sum()
     }
 }
