@@ -134,6 +134,8 @@ pub(super) fn new(
         expert_out: arena.buffer(sizes.expert_out),
         frequencies: arena.buffer(frequencies.len()),
     };
+    work.counters.write(0, &vec![0; sizes.counters])?;
+    work.arrived.write(0, &[0])?;
     if !frequencies.is_empty() {
         work.frequencies.write(0, &frequencies)?;
     }
