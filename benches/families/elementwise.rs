@@ -6,7 +6,7 @@ use criterion::Throughput;
 use cuda_std::{LaunchError, Launcher};
 use gamma_benches::{Case, Gpu, Matrix, Rotating, Suite, spread};
 use gamma_tests::{normal, relative_error, uniform};
-use gpt_gamma::device::ops::{self, AttentionShape, ExpertsWork};
+use gpt_gamma::device::ops::{self, AttentionShape, ExpertsWork, Rotation};
 use gpt_gamma::gguf::TensorType;
 use kernels::{gelu, rope, swiglu};
 
@@ -124,7 +124,7 @@ fn normal_distribution(x: f64) -> f64 {
 
 const ROPE_POSITION: usize = 4000;
 const GPT_OSS: AttentionShape =
-    AttentionShape { n_head: 64, n_head_kv: 8, d_head: 64, n_ctx: 8192, scale: 0.125, window: None };
+    AttentionShape { n_head: 64, n_head_kv: 8, d_head: 64, n_slots: 8192, scale: 0.125, window: None };
 const ROPE_HEADS: usize = GPT_OSS.n_head + GPT_OSS.n_head_kv;
 const ROPE_WIDTH: usize = (GPT_OSS.n_head + 2 * GPT_OSS.n_head_kv) * GPT_OSS.d_head;
 /// Cosine and sine are within 2e-7, and two products and a sum round by 2⁻²⁴ each.
@@ -166,7 +166,7 @@ impl Case for Rotated {
 
     fn launch(&self, launcher: &dyn Launcher, turn: usize) -> Result<(), LaunchError> {
         let (qkv, frequencies) = (self.on_device.at(turn), self.frequencies.at(0));
-        ops::rope(launcher, qkv, frequencies, 1.0, self.state.at(0), GPT_OSS, self.n_tokens)
+        ops::rope(launcher, qkv, Rotation { frequencies, magnitude: 1.0 }, self.state.at(0), GPT_OSS, self.n_tokens)
     }
 
     /// All heads of the last token; the values are not turned.

@@ -10,7 +10,7 @@ const SLOTS_ALIGNED: usize = 64;
 /// or where the ring would not be smaller.
 pub fn n_slots(window: Option<usize>, n_ctx: usize, n_batch: usize) -> usize {
     let Some(window) = window else { return n_ctx };
-    window.saturating_add(n_batch).next_multiple_of(SLOTS_ALIGNED).min(n_ctx)
+    window.saturating_add(n_batch).min(n_ctx).next_multiple_of(SLOTS_ALIGNED).min(n_ctx)
 }
 
 /// Whether a sequence can go back to its first `to` tokens, as far as a layer's cache is concerned: whether the cached keys

@@ -125,7 +125,7 @@ fn queries_and_the_new_key_turn_by_their_position() {
                 (session.frequencies, session.magnitude) = (device.upload(&frequencies), magnitude);
                 let found = session.decode(n_tokens - 1, &qkv[last..], 3, on_tensor_cores);
                 assert_close(&found, &expected, tolerance);
-                assert!(f64::from(tolerance) * 10.0 < relative_error(&found, &unturned), "no turn would pass unseen");
+                assert!(10.0 * tolerance < relative_error(&found, &unturned), "no turn would pass unseen");
                 let (k, _) = session.caches_to_f32();
                 let key = &turned[last + 9 * d_head..][..d_head];
                 let expected: Vec<f64> = key.iter().map(|&x| kv.round(x).into()).collect();
