@@ -177,11 +177,112 @@ pub fn linear(
     // SAFETY: as in `embed`.
     unsafe {
         if n_tokens == 1 {
-            matvec::run(format, launcher, out, weight, x, bias, i, o, code)
+            let none = optional(None);
+            matvec::run(format, launcher, out, weight, x, none, none, bias, 0.0, i, o, code)
         } else {
             matmul::run(format, launcher, out, weight, x, bias, t, i, o, code)
         }
     }
+}
+
+/// A matrix of weights, `[n_out, n_in]`.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "a format, its planes, a shape")]
+pub struct LinearMatrix<'a> {
+    pub format: WeightFormat,
+    pub packed: View<'a, u8>,
+    pub n_in: usize,
+    pub n_out: usize,
+}
+
+/// What is done to a vector before a matrix.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub enum Norm<'a> {
+    /// Root-mean-square normalization.
+    Rms { gamma: View<'a, f32>, epsilon: f32 },
+    /// Layer normalization.
+    Layer { gamma: View<'a, f32>, beta: View<'a, f32>, epsilon: f32 },
+}
+
+/// The router of a mixture of experts that reads what [`linear_fused`] adds to.
+#[derive(Clone, Copy)]
+pub struct RouterParts<'a> {
+    /// `[n_expert, n_out]`.
+    pub weight: View<'a, f32>,
+    /// The scale of the RMS norm before the router, `[n_out]`.
+    pub gamma: View<'a, f32>,
+    /// `[n_parts, n_expert + 1]`, `n_parts` of [`router_parts`]: what each part of the rows adds to the logits, short of the
+    /// norm's division, and its sum of squares.
+    pub parts: View<'a, f32>,
+}
+
+/// Whether [`linear_fused`] can normalize `n_in` elements, with a β if `has_beta`.
+pub fn norm_fits(n_in: usize, has_beta: bool) -> bool {
+    matvec::norm_fits(n_in as u32, has_beta)
+}
+
+/// Whether [`linear_fused`] can serve a router of `n_expert` experts beside a matrix of this shape.
+pub fn router_fits(n_in: usize, n_out: usize, n_expert: usize) -> bool {
+    matvec::router_fits(n_in as u32, n_out as u32, n_expert as u32)
+}
+
+/// Rows of [`RouterParts::parts`] for a matrix of this shape.
+pub fn router_parts(n_in: usize, n_out: usize) -> usize {
+    matvec::n_parts(n_in as u32, n_out as u32) as usize
+}
+
+/// `out = epilogue(weight · norm(x) + bias)` for one token, in one launch, and with a router what its logits are made of.
+///
+/// The weights, γ, β, biases and the router must have been written before the launch before this one: they are read while
+/// that one may still run.
+///
+/// # Errors
+///
+/// Those of the launch.
+///
+/// # Panics
+///
+/// If lengths do not fit, a norm does not ([`norm_fits`]), or a router does not ([`router_fits`]) or comes with a norm or an
+/// epilogue other than [`Epilogue::Add`]: the caller's bugs.
+pub fn linear_fused(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    matrix: LinearMatrix,
+    x: View<f32>,
+    norm: Option<Norm>,
+    bias: Option<View<f32>>,
+    epilogue: Epilogue,
+    router: Option<RouterParts>,
+) -> Result<(), LaunchError> {
+    let LinearMatrix { format, packed, n_in, n_out } = matrix;
+    assert_eq!((out.len(), x.len()), (n_out, n_in), "lengths");
+    assert_eq!(packed.len(), format.layout().planes(n_in, n_out).end, "weight length");
+    assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
+    let (out, weight, x, bias) = (out.slice(), packed.slice(), x.slice(), optional(bias));
+    let (i, o) = (n_in as u32, n_out as u32);
+    if let Some(RouterParts { weight: router, gamma, parts }) = router {
+        assert!(norm.is_none() && epilogue == Epilogue::Add, "a router follows the residual");
+        assert_eq!(gamma.len(), n_out, "router norm length");
+        let n_expert = router.len() / n_out;
+        assert_eq!(router.len(), n_expert * n_out, "router length");
+        assert_eq!(parts.len(), router_parts(n_in, n_out) * (n_expert + 1), "parts length");
+        assert!(router_fits(n_in, n_out, n_expert), "{n_expert} experts do not fit");
+        let (router, gamma, parts, e) = (router.slice(), gamma.slice(), parts.slice(), n_expert as u32);
+        // SAFETY: as in `embed`.
+        return unsafe { matvec::run_router(format, launcher, out, parts, weight, x, bias, router, gamma, i, o, e) };
+    }
+    let (gamma, beta, epsilon) = match norm {
+        None => (None, None, 0.0),
+        Some(Norm::Rms { gamma, epsilon }) => (Some(gamma), None, epsilon),
+        Some(Norm::Layer { gamma, beta, epsilon }) => (Some(gamma), Some(beta), epsilon),
+    };
+    assert!(gamma.is_none_or(|gamma| gamma.len() == n_in), "norm length");
+    assert!(beta.is_none_or(|beta| beta.len() == n_in), "norm shift length");
+    assert!(norm.is_none() || norm_fits(n_in, beta.is_some()), "a norm of {n_in} elements does not fit");
+    let (gamma, beta, code) = (optional(gamma), optional(beta), epilogue.code());
+    // SAFETY: as in `embed`.
+    unsafe { matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code) }
 }
 
 /// Writes the keys and values in `qkv` to their positions in the cache.
