@@ -57,7 +57,7 @@ pub const fn launch(n_in: u32, n_out: u32) -> Launch {
     let n_groups = rows_per_block(n_in, n_out) * (n_in / GROUP);
     let threads = match n_groups {
         ..=128 => 128,
-        ..=256 => 256,
+        129..=256 => 256,
         _ => THREADS,
     };
     Launch::linear(n_parts(n_in, n_out), threads)

@@ -146,8 +146,8 @@ impl Run {
 
         let mut part = 0;
         while part < place.n_groups {
-            // Never 0; `max` tells LLVM so, and the divisions need no panic.
-            let width = (place.n_groups - part).min(PART / GROUP).max(1);
+            // Never 0; `clamp` tells LLVM so, and the divisions need no panic.
+            let width = (place.n_groups - part).clamp(1, PART / GROUP);
             // Rows that are multiplied together; an item is a group of each.
             const { assert!(PART / GROUP + DEPTH as u32 * THREADS <= RING / ROWS as u32, "a step and an open row") };
             let n_tuples = n_rows.div_ceil(ROWS as u32);
@@ -230,6 +230,7 @@ impl Run {
 
                 // SAFETY: the whole block is here, since all conditions are the block's.
                 unsafe { thread::sync_threads() };
+                // SAFETY: as above.
                 let scale = unsafe { self.scale(norm) };
                 let n_complete = if is_end { n_tuples } else { begun / width };
                 let end = n_rows.min(n_complete * ROWS as u32);
