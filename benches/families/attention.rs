@@ -6,7 +6,9 @@ use criterion::Throughput;
 use cuda_std::{LaunchError, Launcher, f16};
 use gamma_benches::{Case, Gpu, Rotating, Suite, spread};
 use gamma_tests::{normal, relative_error, uniform};
-use gpt_gamma::device::ops::{self, AttentionShape, Cache, attention_partial_len};
+use gpt_gamma::device::ops::{
+    self, AttentionOut, AttentionShape, Cache, TokenWork, attention_counters_len, attention_partial_len,
+};
 
 /// q and the softmax's numerators are rounded to f16, and their errors average out over keys; a window's first queries have
 /// few. Grouped decode keeps f32's precision, so this holds for all.
@@ -42,7 +44,14 @@ fn main() {
 impl Model {
     fn shape(self, n_ctx: usize) -> AttentionShape {
         let Self { n_head, n_head_kv, window, .. } = self;
-        AttentionShape { n_head, n_head_kv, d_head: D_HEAD, n_ctx, scale: (D_HEAD as f32).sqrt().recip(), window }
+        AttentionShape {
+            n_head,
+            n_head_kv,
+            d_head: D_HEAD,
+            n_slots: n_ctx,
+            scale: (D_HEAD as f32).sqrt().recip(),
+            window,
+        }
     }
 
     /// The last `n_tokens` of `n_ctx`: one counts in bytes of the keys and values that it sees, more in operations.
@@ -50,7 +59,8 @@ impl Model {
         let seen = |position: usize| (position + 1).min(self.window.unwrap_or(usize::MAX));
         let row_bytes = 2 * self.n_head_kv * D_HEAD * 2;
         let (op, work) = if n_tokens == 1 {
-            ("attention_decode", Throughput::Bytes((row_bytes * seen(n_ctx - 1)) as u64))
+            // The new key's and value's way to the cache included.
+            ("attention_token", Throughput::Bytes((row_bytes * seen(n_ctx - 1)) as u64))
         } else {
             // Two products of d_head for each pair of query and key that it sees.
             let pairs: usize = (n_ctx - n_tokens..n_ctx).map(seen).sum();
@@ -69,7 +79,7 @@ struct Inputs {
     shape: AttentionShape,
     n_tokens: usize,
     qkv: Vec<f32>,
-    /// `[n_head_kv, n_ctx, d_head]`.
+    /// `[n_head_kv, n_ctx, d_head]`: no rings.
     keys: Vec<f16>,
     values: Vec<f16>,
     sinks: Vec<f32>,
@@ -83,6 +93,7 @@ struct OnDevice {
     sinks: Rotating<f32>,
     state: Rotating<u32>,
     partial: Rotating<f32>,
+    counters: Rotating<u32>,
     out: Rotating<f32>,
 }
 
@@ -94,14 +105,25 @@ impl Inputs {
         let cache = |seed| -> Vec<f16> {
             normal(seed, model.n_head_kv * n_ctx * D_HEAD).into_iter().map(f16::from_f32).collect()
         };
-        let (keys, values, sinks) = (cache(2), cache(3), uniform(4, model.n_head, 1.0, 3.0));
+        let (mut keys, mut values, sinks) = (cache(2), cache(3), uniform(4, model.n_head, 1.0, 3.0));
+        if n_tokens == 1 {
+            // What the kernel takes from `qkv`, for the reference.
+            let heads = qkv.chunks_exact(D_HEAD).skip(model.n_head).enumerate();
+            for (i, head) in heads {
+                let (cache, kv_head) =
+                    if i < model.n_head_kv { (&mut keys, i) } else { (&mut values, i - model.n_head_kv) };
+                let row = &mut cache[((kv_head + 1) * n_ctx - 1) * D_HEAD..][..D_HEAD];
+                row.iter_mut().zip(head).for_each(|(to, &from)| *to = f16::from_f32(from));
+            }
+        }
         let on_device = OnDevice {
             qkv: Rotating::copies(gpu, n_turns, &qkv),
             keys: Rotating::copies(gpu, n_turns, &keys),
             values: Rotating::copies(gpu, n_turns, &values),
             sinks: Rotating::copies(gpu, 1, &sinks),
             state: Rotating::copies(gpu, 1, &[(n_ctx - n_tokens) as u32]),
-            partial: Rotating::poisoned(gpu, 1, attention_partial_len(shape)),
+            partial: Rotating::poisoned(gpu, 1, attention_partial_len(shape).max(1)),
+            counters: Rotating::copies(gpu, 1, &vec![0; attention_counters_len(shape)]),
             out: Rotating::poisoned(gpu, n_turns, n_tokens * model.n_head * D_HEAD),
         };
         Self { n_turns, model, shape, n_tokens, qkv, keys, values, sinks, on_device }
@@ -110,7 +132,7 @@ impl Inputs {
     /// Head `head` of token `token`, as the definition says.
     fn attend(&self, token: usize, head: usize) -> Vec<f64> {
         let Model { n_head, n_head_kv, window, sinks, .. } = self.model;
-        let (n_ctx, kv_head) = (self.shape.n_ctx, head / (n_head / n_head_kv));
+        let (n_ctx, kv_head) = (self.shape.n_slots, head / (n_head / n_head_kv));
         let position = n_ctx - self.n_tokens + token;
         let q = &self.qkv[(token * (n_head + 2 * n_head_kv) + head) * D_HEAD..][..D_HEAD];
         let row = |cache: &'_ [f16], j: usize, c: usize| f64::from(cache[(kv_head * n_ctx + j) * D_HEAD + c].to_f32());
@@ -137,11 +159,15 @@ impl Case for Inputs {
     }
 
     fn launch(&self, launcher: &dyn Launcher, turn: usize) -> Result<(), LaunchError> {
-        let OnDevice { qkv, keys, values, sinks, state, partial, out } = &self.on_device;
+        let OnDevice { qkv, keys, values, sinks, state, partial, counters, out } = &self.on_device;
         let cache = Cache::F16 { k: keys.at(turn), v: values.at(turn) };
         let sinks = self.model.sinks.then(|| sinks.at(0));
-        let (out, qkv, state, partial) = (out.at(turn), qkv.at(turn), state.at(0), partial.at(0));
-        ops::attention(launcher, out, qkv, cache, state, sinks, partial, self.shape, self.n_tokens)
+        let (out, qkv, state) = (out.at(turn), qkv.at(turn), state.at(0));
+        if self.n_tokens == 1 {
+            let work = TokenWork { partial: partial.at(0), counters: counters.at(0) };
+            return ops::attention_token(launcher, out, qkv, cache, state, None, sinks, work, self.shape);
+        }
+        ops::attention(launcher, AttentionOut::F32(out), qkv, cache, state, sinks, self.shape, self.n_tokens)
     }
 
     /// 3 tokens by 4 heads.

@@ -342,6 +342,7 @@ struct Likeliest {
     on_device: Rotating<f32>,
     best_logits: Rotating<f32>,
     best_ids: Rotating<u32>,
+    arrived: Rotating<u32>,
     token: Rotating<u32>,
     state: Rotating<u32>,
 }
@@ -354,6 +355,7 @@ fn bench_argmax(suite: &mut Suite, n_vocab: usize) {
             on_device: Rotating::copies(gpu, n_turns, &logits),
             best_logits: Rotating::poisoned(gpu, n_turns, ops::ARGMAX_PARTS),
             best_ids: Rotating::poisoned(gpu, n_turns, ops::ARGMAX_PARTS),
+            arrived: Rotating::copies(gpu, n_turns, &[0]),
             token: Rotating::poisoned(gpu, n_turns, 1),
             state: Rotating::copies(gpu, n_turns, &[7]),
             logits,
@@ -367,8 +369,12 @@ impl Case for Likeliest {
     }
 
     fn launch(&self, launcher: &dyn Launcher, turn: usize) -> Result<(), LaunchError> {
-        let best = (self.best_logits.at(turn), self.best_ids.at(turn));
-        ops::argmax(launcher, self.token.at(turn), self.state.at(turn), self.on_device.at(turn), best, 1)
+        let work = ops::ArgmaxWork {
+            best_logits: self.best_logits.at(turn),
+            best_ids: self.best_ids.at(turn),
+            arrived: self.arrived.at(turn),
+        };
+        ops::argmax(launcher, self.token.at(turn), self.state.at(turn), self.on_device.at(turn), work, 1)
     }
 
     /// 0 if the token is the likeliest and the position moved by one, else 1.

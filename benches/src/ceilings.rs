@@ -1,37 +1,37 @@
-//! What the device reaches at best: memory measured when a target starts, arithmetic by the device's own description, since
-//! no kernel here does nothing but multiply and a slower one is no ceiling.
+//! What the device reaches at best, measured when a target starts.
 
 use std::fmt;
 
 use cuda_loader::copy_on_device_async;
-use cuda_loader::cust::device::{Device as CudaDevice, DeviceAttribute};
 use cuda_loader::cust::event::{Event, EventFlags};
 use cuda_loader::cust::stream::{Stream, StreamFlags};
-use gpt_gamma::device::Buffer;
-use gpt_gamma::device::ops::{Epilogue, linear};
-use gpt_gamma::gguf::TensorType;
+use gamma_tests::uniform;
+use gpt_gamma::device::{self, Buffer};
+use half::f16;
+use kernels::probe;
 
-use crate::{Gpu, Matrix};
+use crate::Gpu;
 
 /// The rates that shares are taken of.
 #[derive(Clone, Copy, Debug)]
 pub struct Ceilings {
     /// GB/s of the driver's own copy from device memory to device memory, bytes read and bytes written counted.
     pub copy: f64,
-    /// GB/s of our matrix-vector product over 1.07 GB of f32 weights, which only reads: the driver has nothing that does.
+    /// GB/s of [`device::read_bandwidth`], which only reads: the driver has nothing that does.
     pub read: f64,
-    /// TFLOP/s of the tensor cores, f16 factors and f32 sums without sparsity, at the device's highest clock; `None` for
-    /// a compute capability that is not known here.
-    pub tensor_cores: Option<f64>,
+    /// TFLOP/s of `mma.sync` with f16 factors and f32 sums, from registers. Hopper's `wgmma` goes beyond.
+    pub tensor_cores: f64,
 }
 
 /// The best of this many counts, after one that does not.
 const N_TRIES: usize = 10;
 
 impl Ceilings {
-    /// Measures and computes them; takes 2 GB of device memory and a few seconds.
+    /// Measures them; takes 2 GB of device memory and less than a second.
     pub(crate) fn measure(gpu: &Gpu) -> Self {
-        Self { copy: copy(gpu), read: read(gpu), tensor_cores: tensor_cores() }
+        let copy = copy(gpu);
+        let read = device::read_bandwidth(&gpu.cuda).unwrap().expect("the copy had more memory");
+        Self { copy, read, tensor_cores: tensor_cores(gpu) }
     }
 
     /// GB/s, the faster of the two.
@@ -42,12 +42,13 @@ impl Ceilings {
 
 impl fmt::Display for Ceilings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { copy, read, .. } = self;
-        write!(f, "shares are of {:.0} GB/s measured (device copy {copy:.0}, f32 matvec {read:.0})", self.memory())?;
-        match self.tensor_cores {
-            Some(peak) => write!(f, ", and of {peak:.0} TFLOP/s by multiprocessors and highest clock, not measured"),
-            None => write!(f, "; TFLOP/s have none, as this compute capability's peak is not known"),
-        }
+        let Self { copy, read, tensor_cores } = self;
+        write!(
+            f,
+            "shares are of {:.0} GB/s (device copy {copy:.0}, streaming read {read:.0}) and {tensor_cores:.0} TFLOP/s \
+             (mma.sync), all measured just now",
+            self.memory()
+        )
     }
 }
 
@@ -73,39 +74,30 @@ fn copy(gpu: &Gpu) -> f64 {
     2.0 * BYTES as f64 / best(milliseconds) / 1e6
 }
 
-fn read(gpu: &Gpu) -> f64 {
-    let (n_in, n_out) = (4096, 65536);
-    let matrix = Matrix::random(TensorType::F32, n_in, n_out, 1);
-    let packed = Buffer::from_slice(&gpu.device, &matrix.packed()).unwrap();
-    let x = Buffer::from_slice(&gpu.device, &gamma_tests::normal(2, n_in)).unwrap();
-    let out = Buffer::new(&gpu.device, n_out).unwrap();
-    let (out, weight, x, format) = (out.view(), packed.view(), x.view(), matrix.format());
+/// Random factors: a card that multiplies zeros takes less power and clocks higher.
+fn tensor_cores(gpu: &Gpu) -> f64 {
+    const N_ROUNDS: u32 = 16_384;
+    let (threads, n_blocks) = (256, 2 * gpu.cuda.n_sm());
+    let out = Buffer::<f32>::new(&gpu.device, 4 * (threads * n_blocks) as usize).unwrap();
+    let factors = Buffer::from_slice(&gpu.device, &factors()).unwrap();
     let nanoseconds = best((0..=N_TRIES).map(|_| {
         let start = gpu.mark();
-        linear(&*gpu.device, out, format, weight, x, None, n_in, n_out, Epilogue::Store).unwrap();
+        // SAFETY: shapes as the kernel's comment says.
+        unsafe {
+            let launch = probe::launch(n_blocks, threads);
+            probe::mma_chains::run(&*gpu.device, launch, out.slice(), factors.slice(), N_ROUNDS).unwrap();
+        }
         gpu.since(&start)
     }));
-    packed.n_bytes() as f64 / nanoseconds
+    let n_warps = u64::from(threads / 32 * n_blocks);
+    (n_warps * u64::from(N_ROUNDS) * probe::ROUND_FLOP) as f64 / nanoseconds / 1e3
 }
 
-/// Operations a clock and multiprocessor: NVIDIA's architecture white papers. GeForce cards of 8.6, 8.9 and 12.0 reach half
-/// with f32 sums, which nothing that the driver tells says.
-fn tensor_cores() -> Option<f64> {
-    let device = CudaDevice::get_device(0).unwrap();
-    let of = |attribute| device.get_attribute(attribute).unwrap();
-    let major = of(DeviceAttribute::ComputeCapabilityMajor);
-    let per_clock = match (major, of(DeviceAttribute::ComputeCapabilityMinor)) {
-        (8, 0) => 2048.0,
-        (8, _) | (12, _) => 1024.0,
-        (9, 0) => 4096.0,
-        (10, _) => 8192.0,
-        _ => return None,
-    };
-    // The clock is told in kHz.
-    Some(
-        per_clock * f64::from(of(DeviceAttribute::MultiprocessorCount)) * f64::from(of(DeviceAttribute::ClockRate))
-            / 1e9,
-    )
+/// Each lane's fragments of A and B.
+fn factors() -> Vec<u32> {
+    let factors = uniform(1, 2 * 32 * probe::FACTOR_WORDS, -1.0, 1.0);
+    let bits = |x: f32| u32::from(f16::from_f32(x).to_bits());
+    factors.chunks_exact(2).map(|pair| bits(pair[0]) | bits(pair[1]) << 16).collect()
 }
 
 /// The least, the first left out.

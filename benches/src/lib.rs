@@ -1,17 +1,19 @@
-//! Criterion benches of the kernels, one target per family, each bench named `kernel/OP/TYPES/SHAPE`.
+//! Criterion benches: of the kernels, one target per family, each bench named `kernel/OP/TYPES/SHAPE`; of the device itself,
+//! `ceiling/…`; and of whole models, `engine/decode/MODEL/ctxN` and `engine/prefill/MODEL/N`.
 //!
 //! What a number means: the launches are recorded in a graph and replayed, as the engine does, so that a time holds the gap
 //! between two nodes (about a microsecond) and no call of the driver; CUDA events around the replays give the device's own
 //! time, which [`DeviceTime`] hands to criterion. Each launch has inputs that the launches before have pushed out of the L2
 //! cache: see [`Gpu::n_turns`]. Nothing is timed before a launch's results have been held against an f64 reference.
 //!
-//! Shares are of [`Ceilings`]: for bytes what this device was just measured to reach, for operations its computed peak. Where
-//! there is no GPU, a line says so and nothing is timed: the emulator's speed means nothing.
+//! Shares are of [`Ceilings`]: what this device was just measured to reach, in bytes and in operations. Where there is no GPU,
+//! a line says so and nothing is timed: the emulator's speed means nothing.
 
 #![allow(clippy::unwrap_used, reason = "a bench that cannot run its kernel has failed")]
 
 mod ceilings;
 mod data;
+mod engine;
 
 use std::env;
 use std::sync::Arc;
@@ -26,13 +28,15 @@ use gpt_gamma::device::{Cuda, CudaOptions, Error, Graph, PtxBuild, SharedDevice}
 
 pub use ceilings::Ceilings;
 pub use data::{Matrix, Rotating, spread};
+pub use engine::models;
 
 /// The GPU that is timed.
 #[derive(Clone)]
 pub struct Gpu {
     /// For buffers.
     pub device: SharedDevice,
-    cuda: Arc<Cuda>,
+    /// The same, for what only a GPU has.
+    pub cuda: Arc<Cuda>,
     l2_bytes: usize,
 }
 
@@ -42,10 +46,15 @@ pub struct Gpu {
 ///
 /// If there is a GPU and it does not work, or `GAMMA_PTX` names no build.
 pub fn gpu() -> Option<Gpu> {
+    open(true)
+}
+
+/// `programmatic`: whether kernels may start before those ahead of them have ended.
+fn open(programmatic: bool) -> Option<Gpu> {
     let ptx = env::var("GAMMA_PTX").ok().map(|name| {
         PtxBuild::from_name(&name).unwrap_or_else(|| panic!("GAMMA_PTX is {name}, expected sm_80 or sm_90a"))
     });
-    match Cuda::new(CudaOptions { ptx, ..CudaOptions::default() }) {
+    match Cuda::new(CudaOptions { ptx, programmatic, ..CudaOptions::default() }) {
         Ok(cuda) => {
             let device = CudaDevice::get_device(0).unwrap();
             let l2_bytes = device.get_attribute(DeviceAttribute::L2CacheSize).unwrap() as usize;
@@ -74,9 +83,7 @@ impl Gpu {
 
     /// Nanoseconds on the device from `start` to now.
     fn since(&self, start: &Event) -> f64 {
-        let end = self.mark();
-        end.synchronize().unwrap();
-        f64::from(end.elapsed_time_f32(start).unwrap()) * 1e6
+        self.cuda.nanoseconds_since(start).unwrap()
     }
 }
 
@@ -139,8 +146,50 @@ impl Suite {
         tolerance: f64,
         prepare: impl Fn(&Gpu) -> C,
     ) {
-        let mut group = self.criterion.benchmark_group(format!("kernel/{op_and_types}"));
-        group.throughput(work);
+        self.time_case(&format!("kernel/{op_and_types}"), shape, Some(work), tolerance, prepare);
+    }
+
+    /// As [`bench`](Self::bench), for what the device reaches at best; `work` is none if there is nothing to count.
+    ///
+    /// # Panics
+    ///
+    /// As [`bench`](Self::bench).
+    pub fn ceiling<C: Case>(
+        &mut self,
+        what: &str,
+        shape: &str,
+        work: Option<Throughput>,
+        tolerance: f64,
+        prepare: impl Fn(&Gpu) -> C,
+    ) {
+        self.time_case(&format!("ceiling/{what}"), shape, work, tolerance, prepare);
+    }
+
+    /// Has `body` time cases where each kernel starts after those ahead of it have ended.
+    ///
+    /// # Panics
+    ///
+    /// If the GPU, which worked, does not any more.
+    pub fn without_programmatic_launches(&mut self, body: impl FnOnce(&mut Self)) {
+        let gpu = open(false).expect("there was a GPU when the suite began");
+        let time = DeviceTime { gpu: gpu.clone(), format: self.time.format.clone() };
+        let (own_gpu, own_time) = (std::mem::replace(&mut self.gpu, gpu), std::mem::replace(&mut self.time, time));
+        body(self);
+        (self.gpu, self.time) = (own_gpu, own_time);
+    }
+
+    fn time_case<C: Case>(
+        &mut self,
+        name: &str,
+        shape: &str,
+        work: Option<Throughput>,
+        tolerance: f64,
+        prepare: impl Fn(&Gpu) -> C,
+    ) {
+        let mut group = self.criterion.benchmark_group(name);
+        if let Some(work) = work {
+            group.throughput(work);
+        }
         let (gpu, time, mut prepared) = (&self.gpu, &self.time, None);
         group.bench_function(shape, |bencher| {
             // Criterion comes here once for each sample.
@@ -152,7 +201,7 @@ impl Suite {
                     let error = case.error(turn);
                     assert!(
                         error <= tolerance,
-                        "{op_and_types}/{shape}: relative error {error:.3e}, tolerance {tolerance:.3e}"
+                        "{name}/{shape}: relative error {error:.3e}, tolerance {tolerance:.3e}"
                     );
                 }
                 Recorded::new(gpu, case)
@@ -229,7 +278,7 @@ impl Measurement for DeviceTime {
     }
 }
 
-/// Times in µs; throughputs in GB/s and TFLOP/s, with the share of the ceiling.
+/// Times in µs; throughputs in GB/s and TFLOP/s with the share of the ceiling, and in tokens/s.
 #[derive(Clone)]
 struct Format {
     ceilings: Option<Ceilings>,
@@ -240,7 +289,9 @@ fn rate(work: &Throughput, nanoseconds: f64) -> (f64, &'static str) {
     match *work {
         Throughput::Bytes(bytes) => (bytes as f64 / nanoseconds, "GB/s"),
         Throughput::Elements(operations) => (operations as f64 / nanoseconds / 1e3, "TFLOP/s"),
-        _ => unreachable!("benches count bytes or operations"),
+        // Of what whole models are given; criterion has no unit that is only a number of things.
+        Throughput::ElementsAndBytes { elements, bytes: _ } => (elements as f64 / nanoseconds * 1e9, "tokens/s"),
+        _ => unreachable!("benches count bytes, operations or tokens"),
     }
 }
 
@@ -249,7 +300,8 @@ impl ValueFormatter for Format {
         let (rate, unit) = rate(work, nanoseconds);
         let ceiling = self.ceilings.as_ref().and_then(|ceilings| match work {
             Throughput::Bytes(_) => Some(ceilings.memory()),
-            _ => ceilings.tensor_cores,
+            Throughput::Elements(_) => Some(ceilings.tensor_cores),
+            _ => None,
         });
         match ceiling {
             Some(ceiling) => format!("{rate:.1} {unit} ({:.1} %)", 100.0 * rate / ceiling),

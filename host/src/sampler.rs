@@ -9,7 +9,7 @@
 //! The step from stream to token is written here for the same reason.
 
 use std::cmp::Ordering;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use chacha20::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
@@ -106,6 +106,17 @@ pub struct Sampled {
     pub top: Vec<(u32, f32)>,
 }
 
+/// The likeliest tokens of each part of a vocabulary, as the device finds them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Likeliest {
+    /// Tokens of each part. A part with fewer is filled up with logits of −∞.
+    pub per_part: usize,
+    /// Their ids, part after part; within a part in no order.
+    pub ids: Vec<u32>,
+    /// Their logits.
+    pub logits: Vec<f32>,
+}
+
 /// Chooses tokens for one sequence.
 #[derive(Debug)]
 pub struct Sampler {
@@ -113,6 +124,8 @@ pub struct Sampler {
     n_vocab: usize,
     /// Summed logit bias, the ban of end-of-generation tokens included.
     bias: Vec<(u32, f32)>,
+    /// The tokens that `bias` bans.
+    banned: HashSet<u32>,
     seed: u64,
     rng: ChaCha8Rng,
     /// The tokens the penalties look at, oldest first, and how often each stands there.
@@ -144,6 +157,7 @@ impl Sampler {
         Ok(Sampler {
             options,
             n_vocab,
+            banned: bias.iter().filter(|(_, bias)| *bias == f32::NEG_INFINITY).map(|&(id, _)| id).collect(),
             bias,
             seed,
             rng: ChaCha8Rng::from_seed(key),
@@ -210,6 +224,62 @@ impl Sampler {
         Ok(Sampled { id, logprob: logprob(logits[id as usize]), top })
     }
 
+    /// Whether [`sample_likeliest`](Self::sample_likeliest) can do for [`sample`](Self::sample): a top-k or temperature 0, and
+    /// nothing that changes logits other than to ban tokens.
+    pub fn takes_likeliest(&self) -> bool {
+        let options = &self.options;
+        let penalizes =
+            options.repeat_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0;
+        let bans = self.bias.iter().all(|&(_, bias)| bias == f32::NEG_INFINITY);
+        (options.temp == 0.0 || options.top_k > 0) && options.n_probs == 0 && bans && !penalizes
+    }
+
+    /// As [`sample`](Self::sample), from the likeliest tokens alone: the same token for the same random stream, without its
+    /// log-probability (NaN). None, and nothing taken from the stream, if what was left out could matter.
+    ///
+    /// # Errors
+    ///
+    /// As [`sample`](Self::sample), but for [`Error::LogitCount`].
+    ///
+    /// # Panics
+    ///
+    /// Unless [`takes_likeliest`](Self::takes_likeliest).
+    pub fn sample_likeliest(&mut self, likeliest: &Likeliest) -> Result<Option<Sampled>, Error> {
+        assert!(self.takes_likeliest(), "options that need all logits");
+        let SamplerOptions { temp, top_k, top_p, min_p, .. } = self.options;
+        let top_k = if temp == 0.0 { 1 } else { top_k as usize };
+        let candidates = &mut self.candidates;
+        candidates.clear();
+        for (&id, &logit) in likeliest.ids.iter().zip(&likeliest.logits) {
+            if logit.is_nan() || logit == f32::INFINITY {
+                return Err(Error::BadLogit { token: id, value: logit });
+            }
+            if logit > f32::NEG_INFINITY && !self.banned.contains(&id) {
+                candidates.push(Candidate { id, logit });
+            }
+        }
+        candidates.sort_unstable_by(by_rank);
+        candidates.truncate(top_k);
+        // A part that is full may have left out a token like its last one.
+        let last = if candidates.len() == top_k { candidates.last().map(|candidate| candidate.logit) } else { None };
+        for part in likeliest.logits.chunks(likeliest.per_part) {
+            let lowest = part.iter().copied().fold(f32::INFINITY, f32::min);
+            let has_all = lowest == f32::NEG_INFINITY;
+            if !has_all && last.is_none_or(|last| lowest >= last) {
+                return Ok(None);
+            }
+        }
+        let Some(&Candidate { id, logit: max }) = candidates.first() else {
+            return Err(Error::NoCandidate { n_vocab: self.n_vocab });
+        };
+        if temp == 0.0 {
+            return Ok(Some(Sampled { id, logprob: f32::NAN, top: Vec::new() }));
+        }
+        let id = filter_and_pick(candidates, max, [top_p, min_p, temp], uniform(&mut self.rng));
+        let id = id.ok_or(Error::NoCandidate { n_vocab: self.n_vocab })?;
+        Ok(Some(Sampled { id, logprob: f32::NAN, top: Vec::new() }))
+    }
+
     fn apply_bias_and_penalties(&mut self) -> Result<(), Error> {
         let SamplerOptions { repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
         for &(id, bias) in &self.bias {
@@ -235,19 +305,13 @@ impl Sampler {
         let SamplerOptions { temp, top_k, top_p, min_p, .. } = self.options;
         let candidates = &mut self.candidates;
         let max = largest_of(&self.adjusted);
-        // Each filter keeps a likeliest part, so min-p may go first as long as top-p counts what min-p removed.
-        let lowest = if min_p > 0.0 { f64::from(min_p).ln() } else { f64::NEG_INFINITY };
-        let likely = |candidate: &Candidate| f64::from(candidate.logit) - f64::from(max) >= lowest;
-        let total;
-        if top_k == 0 {
-            total = sum_exp(&self.adjusted, max);
-            candidates.clear();
-            candidates.extend(possible(&self.adjusted).filter(likely));
-        } else {
+        if top_k > 0 {
             largest(&self.adjusted, top_k as usize, candidates);
-            total = candidates.iter().map(|candidate| f64::from(exp_of_nonpositive(candidate.logit - max))).sum();
-            candidates.retain(likely);
+            return filter_and_pick(candidates, max, [top_p, min_p, temp], uniform(&mut self.rng));
         }
+        let total = sum_exp(&self.adjusted, max);
+        candidates.clear();
+        candidates.extend(possible(&self.adjusted).filter(likely(max, min_p)));
         if top_p < 1.0 {
             keep_nucleus(candidates, max, f64::from(top_p) * total);
         }
@@ -341,6 +405,22 @@ fn largest(logits: &[f32], k: usize, out: &mut Vec<Candidate>) {
         out.truncate(k);
     }
     out.sort_unstable_by(by_rank);
+}
+
+/// What min-p keeps. Each filter keeps a likeliest part, so min-p may go first as long as top-p counts what min-p removed.
+fn likely(max: f32, min_p: f32) -> impl Fn(&Candidate) -> bool {
+    let lowest = if min_p > 0.0 { f64::from(min_p).ln() } else { f64::NEG_INFINITY };
+    move |candidate| f64::from(candidate.logit) - f64::from(max) >= lowest
+}
+
+/// The filters after top-k, and the draw; `candidates` are in order and not empty, `max` the largest logit.
+fn filter_and_pick(candidates: &mut Vec<Candidate>, max: f32, [top_p, min_p, temp]: [f32; 3], u: f64) -> Option<u32> {
+    let total: f64 = candidates.iter().map(|candidate| f64::from(exp_of_nonpositive(candidate.logit - max))).sum();
+    candidates.retain(likely(max, min_p));
+    if top_p < 1.0 {
+        keep_nucleus(candidates, max, f64::from(top_p) * total);
+    }
+    pick(candidates, max, temp, u)
 }
 
 /// Cuts `candidates` down to the fewest likeliest whose `exp(logit − max)` sum up to `goal` or more, in order. Sorts

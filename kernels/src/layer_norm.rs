@@ -1,11 +1,14 @@
 //! Layer normalization.
 
-use cuda_std::{Disjoint, Float, Global, Shared, kernel, shared_array, thread, warp};
+use crate::block;
+use cuda_std::warp::WARP_SIZE;
+use cuda_std::{Disjoint, Float, Global, kernel, shared_array, thread};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::{Entry, Launch};
 
 const THREADS: u32 = 256;
-const WARPS: u32 = THREADS / warp::WARP_SIZE;
+const WARPS: u32 = THREADS / WARP_SIZE;
+const SUMS: usize = THREADS as usize;
 
 /// The kernels of this file.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -32,7 +35,7 @@ pub const fn launch(n_tokens: u32) -> Launch {
 /// Launched as above; the slices have the shapes written above.
 #[kernel(threads = THREADS, blocks_per_sm = 4)]
 pub unsafe fn layer_norm(out: Disjoint<f32>, x: Global<f32>, gamma: Global<f32>, beta: Global<f32>, epsilon: f32) {
-    let (t, d) = (thread::block_idx_x() as usize, gamma.len());
+    let (t, thread, d) = (thread::block_idx_x() as usize, thread::thread_idx_x(), gamma.len());
     let (Some(x), Some(beta)) = (x.row(t, d), beta.row(0, d)) else {
         return; // Past the last row: the whole block leaves.
     };
@@ -42,7 +45,7 @@ pub unsafe fn layer_norm(out: Disjoint<f32>, x: Global<f32>, gamma: Global<f32>,
         sum += x[c];
     }
     // SAFETY: the whole block is here, and this array is used once.
-    let mean = unsafe { sum_of_block(sum, shared_array!(layer_norm_sums: [f32; SUMS])) } / d as f32;
+    let mean = unsafe { block::sum(sum, thread, WARPS, shared_array!(layer_norm_sums: [f32; SUMS])) } / d as f32;
 
     // A second pass, since E[x²] − E[x]² cancels when |mean| ≫ σ.
     let mut squares = 0.0;
@@ -50,7 +53,8 @@ pub unsafe fn layer_norm(out: Disjoint<f32>, x: Global<f32>, gamma: Global<f32>,
         squares += (x[c] - mean) * (x[c] - mean);
     }
     // SAFETY: as above.
-    let variance = unsafe { sum_of_block(squares, shared_array!(layer_norm_squares: [f32; SUMS])) } / d as f32;
+    let variance =
+        unsafe { block::sum(squares, thread, WARPS, shared_array!(layer_norm_squares: [f32; SUMS])) } / d as f32;
     let rstd = Float::sqrt(variance + epsilon).recip();
 
     for c in columns(d) {
@@ -58,8 +62,6 @@ pub unsafe fn layer_norm(out: Disjoint<f32>, x: Global<f32>, gamma: Global<f32>,
         unsafe { out.write(t * d + c, (x[c] - mean) * rstd * gamma[c] + beta[c]) };
     }
 }
-
-const SUMS: usize = THREADS as usize;
 
 /// This thread's columns below `d`.
 #[inline(always)]
@@ -73,20 +75,4 @@ fn columns(d: usize) -> impl Iterator<Item = usize> {
         at += THREADS as usize;
         Some(this)
     })
-}
-
-/// The sum over the block, in every thread: over each warp, then over the warps.
-///
-/// # Safety
-///
-/// The whole block is here, and `sums` is used nowhere else.
-#[inline(always)]
-unsafe fn sum_of_block(value: f32, sums: Shared<f32>) -> f32 {
-    let thread = thread::thread_idx_x();
-    // SAFETY: every warp is whole; each thread writes its own element, and the barrier orders that before the reads.
-    unsafe {
-        sums.write(thread as usize, warp::sum(value));
-        thread::sync_threads();
-        warp::sum_of::<WARPS>(sums.read((thread % WARPS * warp::WARP_SIZE) as usize))
-    }
 }

@@ -13,6 +13,8 @@
 
 pub mod argmax;
 pub mod attention;
+mod block;
+pub mod candidates;
 pub mod embed;
 pub mod experts;
 pub mod format;
@@ -20,6 +22,7 @@ pub mod gelu;
 pub mod layer_norm;
 pub mod matmul;
 pub mod matvec;
+pub mod probe;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
@@ -29,13 +32,15 @@ pub mod swiglu;
 #[cfg(not(target_arch = "nvptx64"))]
 pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     argmax::ENTRIES,
+    candidates::ENTRIES,
     layer_norm::ENTRIES,
     gelu::ENTRIES,
     embed::ENTRIES,
     matvec::ENTRIES,
     matmul::ENTRIES,
     attention::kv_append::ENTRIES,
-    attention::decode::ENTRIES,
+    attention::token::single::ENTRIES,
+    attention::token::grouped::ENTRIES,
     attention::prefill::ENTRIES,
     rms_norm::ENTRIES,
     rope::ENTRIES,
@@ -45,4 +50,6 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     experts::decode::ENTRIES,
     experts::prefill::ENTRIES,
     experts::token::ENTRIES,
+    probe::ENTRIES,
+    experts::grouped::ENTRIES,
 ];

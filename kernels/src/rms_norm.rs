@@ -1,12 +1,14 @@
 //! Root-mean-square normalization.
 
+use crate::block;
 use cuda_std::warp::WARP_SIZE;
-use cuda_std::{Disjoint, Float, Global, kernel, shared_array, thread, warp};
+use cuda_std::{Disjoint, Float, Global, kernel, shared_array, thread};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::{Entry, Launch};
 
 /// A block a row: in decoding there is one row, and only many threads hide the latency of reading it.
 const THREADS: u32 = 256;
+const WARPS: u32 = THREADS / WARP_SIZE;
 const SUMS: usize = THREADS as usize;
 
 /// The kernels of this file.
@@ -46,18 +48,8 @@ pub unsafe fn rms_norm(out: Disjoint<f32>, x: Global<f32>, gamma: Global<f32>, e
         squares += (x * x + y * y) + (z * z + w * w);
         c += 4 * THREADS as usize;
     }
-    let sums = shared_array!(rms_norm_sums: [f32; SUMS]);
-    let mut sum = 0.0;
-    // SAFETY: all threads of the block are here; each writes its own element, and the barrier orders that before the reads.
-    unsafe {
-        sums.write(thread as usize, warp::sum(squares));
-        thread::sync_threads();
-        let mut i = 0;
-        while i < SUMS {
-            sum += sums.read(i);
-            i += WARP_SIZE as usize;
-        }
-    }
+    // SAFETY: all threads of the block are here, and this array is used once.
+    let sum = unsafe { block::sum(squares, thread, WARPS, shared_array!(rms_norm_sums: [f32; SUMS])) };
     let scale = Float::sqrt(sum / d as f32 + epsilon).recip();
 
     let mut c = 4 * thread as usize;

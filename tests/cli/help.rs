@@ -7,7 +7,7 @@ use std::env;
 #[test]
 fn help_texts_are_those_in_help_txt() {
     let mut found = String::new();
-    for command in ["", "generate", "chat", "inspect", "tokenize", "logits", "perplexity", "plan", "doctor"] {
+    for command in ["", "generate", "chat", "inspect", "tokenize", "logits", "perplexity", "bench", "plan", "doctor"] {
         for flag in ["-h", "--help"] {
             let args: Vec<&str> = [command, flag].into_iter().filter(|arg| !arg.is_empty()).collect();
             let text = gamma(&args).text();

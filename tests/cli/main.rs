@@ -4,6 +4,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics fails, which is what it should do")]
 
+mod bench;
 mod chat;
 mod commands;
 mod gamma;

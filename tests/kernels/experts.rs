@@ -3,9 +3,9 @@ use gamma_tests::{TestDevice, assert_close, devices, normal, relative_error, uni
 use gpt_gamma::device::Buffer;
 use gpt_gamma::gguf::TensorType;
 use gpt_gamma::weights::Packing;
-use kernels::experts::prefill::{experts_combine, launch_combine};
-use kernels::experts::sort::{self, TILE_PAIRS, TILE_WORDS, experts_sort, n_tiles};
-use kernels::experts::{decode, prefill};
+use kernels::experts::prefill::{TILE_PAIRS, experts_combine, launch_combine};
+use kernels::experts::sort::{self, TILE_QUANTUM, TILE_WORDS, experts_sort, n_tiles};
+use kernels::experts::{decode, grouped, prefill};
 use kernels::format::WeightFormat;
 
 /// f32 sums of 8 or 16 lanes: up to 32 roundings of 2⁻²⁴ in each, 2e-6, which the gated unit's slope of up to 8 brings to at
@@ -169,7 +169,7 @@ fn the_largest_scale_of_e8m0_is_kept() {
             let (ids, h) = (device.upload(&[expert as u32]), device.upload(&h));
             // Powers of two: exact but for the sum.
             assert_close(&on_device.decode_down(&h, &[0.0; 64], &ids, &[1.0]), &y, DECODE);
-            let (pairs, tiles) = run_sort(&device, &[expert as u32], 4);
+            let (pairs, tiles) = run_sort(&device, &[expert as u32], 4, TILE_PAIRS);
             assert_close(&on_device.prefill_down(&h, &pairs, &tiles).to_vec().unwrap(), &y, DECODE);
         }
     }
@@ -250,35 +250,47 @@ fn experts_without_pairs_and_with_whole_tiles() {
 fn check_sort(ids: &[u32], n_expert: usize) {
     let mut expected: Vec<u32> = (0..ids.len() as u32).collect();
     expected.sort_by_key(|&pair| ids[pair as usize]);
-    for device in devices() {
-        let (pairs, tiles) = run_sort(&device, ids, n_expert);
+    for (device, tile_pairs) in
+        devices().iter().flat_map(|device| [TILE_PAIRS, grouped::TILE_PAIRS].map(|n| (device, n)))
+    {
+        let (pairs, tiles) = run_sort(device, ids, n_expert, tile_pairs);
         assert_eq!(pairs.to_vec().unwrap(), expected);
+        let mut n_tiles = vec![0; n_expert];
         // The tiles cover each place once, in order, with its expert.
         let mut next = 0;
         for tile in tiles.to_vec().unwrap().chunks(TILE_WORDS as usize).filter(|tile| tile[2] > 0) {
             let (expert, first, count) = (tile[0], tile[1], tile[2]);
             assert_eq!(first, next, "{tile:?}");
-            assert!(count <= TILE_PAIRS, "{tile:?}");
+            assert!(count <= tile_pairs, "{tile:?}");
+            n_tiles[expert as usize] += 1;
             for place in first..first + count {
                 assert_eq!(ids[expected[place as usize] as usize], expert, "{tile:?}");
             }
             next += count;
+            let ends = next as usize == ids.len() || ids[expected[next as usize] as usize] != expert;
+            assert!(ends || count.is_multiple_of(TILE_QUANTUM), "{tile:?}");
         }
         assert_eq!(next as usize, ids.len());
+        for (expert, n_tiles) in n_tiles.into_iter().enumerate() {
+            let n_pairs = ids.iter().filter(|&&id| id as usize == expert).count();
+            assert_eq!(n_tiles, n_pairs.div_ceil(tile_pairs as usize), "expert {expert}");
+        }
     }
 }
 
-fn run_sort(device: &TestDevice, ids: &[u32], n_expert: usize) -> (Buffer<u32>, Buffer<u32>) {
+pub fn run_sort(device: &TestDevice, ids: &[u32], n_expert: usize, tile_pairs: u32) -> (Buffer<u32>, Buffer<u32>) {
     let pairs = device.poisoned(ids.len());
-    let tiles = device.poisoned((n_tiles(ids.len() as u32, n_expert as u32) * TILE_WORDS) as usize);
+    let tiles = device.poisoned((n_tiles(ids.len() as u32, n_expert as u32, tile_pairs) * TILE_WORDS) as usize);
     let (ids, launch) = (device.upload(ids), sort::launch(n_expert as u32));
     // SAFETY: shapes as the kernel's comment says.
-    unsafe { experts_sort::run(device.launcher(), launch, pairs.slice(), tiles.slice(), ids.slice()).unwrap() };
+    unsafe {
+        experts_sort::run(device.launcher(), launch, pairs.slice(), tiles.slice(), ids.slice(), tile_pairs).unwrap()
+    };
     (pairs, tiles)
 }
 
 /// Choices of `n_used` different experts a token, some chosen more often than others.
-fn spread(n_tokens: usize, n_expert: usize, n_used: usize) -> Vec<u32> {
+pub fn spread(n_tokens: usize, n_expert: usize, n_used: usize) -> Vec<u32> {
     let mut ids = Vec::new();
     for t in 0..n_tokens {
         let scores = uniform(t as u64 + 1, n_expert, 0.0, 1.0);
@@ -295,27 +307,27 @@ fn spread(n_tokens: usize, n_expert: usize, n_used: usize) -> Vec<u32> {
 // ---- the model of a layer ----
 
 /// The experts of a layer, with biases.
-struct Layer {
-    n_expert: usize,
-    d_model: usize,
-    d_ff: usize,
+pub struct Layer {
+    pub n_expert: usize,
+    pub d_model: usize,
+    pub d_ff: usize,
     /// All experts' rows, one expert after the other, as in a file.
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
-    gate_bias: Vec<f32>,
-    up_bias: Vec<f32>,
-    down_bias: Vec<f32>,
+    pub gate: Matrix,
+    pub up: Matrix,
+    pub down: Matrix,
+    pub gate_bias: Vec<f32>,
+    pub up_bias: Vec<f32>,
+    pub down_bias: Vec<f32>,
 }
 
 /// What one expert makes of one token.
-struct Pair {
-    h: Vec<f64>,
-    y: Vec<f64>,
+pub struct Pair {
+    pub h: Vec<f64>,
+    pub y: Vec<f64>,
 }
 
 impl Layer {
-    fn new(ty: TensorType, down: TensorType, n_expert: usize, d_model: usize, d_ff: usize) -> Self {
+    pub fn new(ty: TensorType, down: TensorType, n_expert: usize, d_model: usize, d_ff: usize) -> Self {
         Self {
             n_expert,
             d_model,
@@ -330,17 +342,17 @@ impl Layer {
     }
 
     /// Activations for which the first products are about 2, so that some are beyond the gated unit's limits and most not.
-    fn x(&self, n_tokens: usize) -> Vec<f32> {
+    pub fn x(&self, n_tokens: usize) -> Vec<f32> {
         let scale = 2.0 / (self.d_model as f32).sqrt();
         normal(7, n_tokens * self.d_model).iter().map(|x| x * scale).collect()
     }
 
-    fn slot_weights(&self, n_pairs: usize) -> Vec<f32> {
+    pub fn slot_weights(&self, n_pairs: usize) -> Vec<f32> {
         uniform(9, n_pairs, 0.05, 0.95)
     }
 
     /// h and y of every pair, in f64.
-    fn reference(&self, x: &[f32], ids: &[u32], n_used: usize) -> Vec<Pair> {
+    pub fn reference(&self, x: &[f32], ids: &[u32], n_used: usize) -> Vec<Pair> {
         let (gate, up, down) = (self.gate.decoded(), self.up.decoded(), self.down.decoded());
         let (d_model, d_ff) = (self.d_model, self.d_ff);
         let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
@@ -361,7 +373,7 @@ impl Layer {
     }
 
     /// before + Σ weight · y, in f64.
-    fn outputs(&self, x: &[f32], before: &[f32], ids: &[u32], weights: &[f32], n_used: usize) -> Vec<f64> {
+    pub fn outputs(&self, x: &[f32], before: &[f32], ids: &[u32], weights: &[f32], n_used: usize) -> Vec<f64> {
         let mut out: Vec<f64> = before.iter().map(|&x| f64::from(x)).collect();
         for (p, pair) in self.reference(x, ids, n_used).iter().enumerate() {
             for (o, y) in pair.y.iter().enumerate() {
@@ -391,7 +403,7 @@ fn swiglu(gate: f64, up: f64) -> f64 {
 }
 
 /// Each expert's rows repacked on their own, one expert after the other.
-fn upload(device: &TestDevice, matrix: &Matrix, n_expert: usize) -> Buffer<u8> {
+pub fn upload(device: &TestDevice, matrix: &Matrix, n_expert: usize) -> Buffer<u8> {
     let packing = Packing::new(matrix.ty, matrix.n_in, matrix.n_out / n_expert).unwrap();
     let mut packed = vec![0; n_expert * packing.n_bytes()];
     let sources = matrix.bytes.chunks_exact(matrix.bytes.len() / n_expert);
@@ -471,7 +483,7 @@ impl OnDevice<'_> {
         let (device, layer) = (self.device, self.layer);
         let (d_model, d_ff, n_expert) = (layer.d_model as u32, layer.d_ff as u32, layer.n_expert as u32);
         let n_used = n_used as u32;
-        let (pairs, tiles) = run_sort(device, ids, layer.n_expert);
+        let (pairs, tiles) = run_sort(device, ids, layer.n_expert, TILE_PAIRS);
         let h = device.poisoned(ids.len() * layer.d_ff);
         let (x, out, weights) = (device.upload(x), device.upload(before), device.upload(weights));
         let (gate, up, gate_bias, up_bias) =

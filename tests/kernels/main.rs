@@ -4,13 +4,16 @@
 
 mod argmax;
 mod attention;
+mod candidates;
 mod embed;
 mod experts;
+mod experts_grouped;
 mod experts_token;
 mod gelu;
 mod layer_norm;
 mod matmul;
 mod matvec;
+mod probe;
 mod rms_norm;
 mod rope;
 mod router;

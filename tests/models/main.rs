@@ -3,4 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot load its model has failed")]
 
 mod engine;
+mod memory;
+mod mutations;
 mod reference;
+mod regression;
+mod rewind;

@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 /// f16 operands on tensor cores cost about 3e-4 a product, which a few layers do not add up to this.
 const F32_KV: f64 = 2e-3;
 /// The bar of design.md section 5; f16 keys and values cost about 5e-4 each.
-const F16_KV: f64 = 1e-2;
+pub const F16_KV: f64 = 1e-2;
 
 #[test]
 fn tiny_gpt2_q4_k_m_with_f32_cache() {
@@ -108,7 +108,7 @@ fn check_long(reference: &SafeTensors, prompt: usize, tokens: &[u32], logits: &[
 
 /// Greedy decoding step by step gives the reference's tokens, as long as its top two logits are apart by more than the error
 /// that the prompt's logits have.
-fn check_greedy(engine: &mut Engine, prompt: &[u32], expected: &[u32], gaps: &[f32], error: f64) {
+pub fn check_greedy(engine: &mut Engine, prompt: &[u32], expected: &[u32], gaps: &[f32], error: f64) {
     engine.reset();
     engine.prefill(prompt, &mut |_| {}).unwrap();
     let mut compared = 0;
@@ -136,7 +136,7 @@ pub fn load(model: &str, kv: KvType) -> Engine {
     Engine::load(engine_device(), &file, adapter.spec(), options, &mut |_, _| {}).unwrap()
 }
 
-fn numbers<'a, const N: usize, T: 'a>(bytes: &'a [u8], of: fn([u8; N]) -> T) -> impl Iterator<Item = T> + 'a {
+pub fn numbers<'a, const N: usize, T: 'a>(bytes: &'a [u8], of: fn([u8; N]) -> T) -> impl Iterator<Item = T> + 'a {
     bytes.chunks_exact(N).map(move |bytes| of(bytes.try_into().unwrap()))
 }
 

@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that panics fails, which is what it should do")]
 
-use gpt_gamma::sampler::{Error, Sampled, Sampler, SamplerOptions};
+use gpt_gamma::sampler::{Error, Likeliest, Sampled, Sampler, SamplerOptions};
 use proptest::prelude::*;
 
 /// No filter, no penalty, temperature 1, seed 0.
@@ -387,4 +387,79 @@ proptest! {
     ) {
         check_first_draw(SamplerOptions { temp, top_k, top_p, min_p, seed: Some(seed), ..plain() }, &logits, true)?;
     }
+}
+
+/// As the device does it: the `per_part` largest of each `part` logits, in no order.
+fn likeliest(logits: &[f32], part: usize, per_part: usize) -> Likeliest {
+    let mut found = Likeliest { per_part, ..Likeliest::default() };
+    for (p, values) in logits.chunks(part).enumerate() {
+        let mut ranked: Vec<usize> = (0..values.len()).collect();
+        ranked.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
+        ranked.truncate(per_part);
+        ranked.sort_by_key(|i| i * 7 % values.len());
+        found.ids.extend(ranked.iter().map(|&i| (p * part + i) as u32));
+        found.logits.extend(ranked.iter().map(|&i| values[i]));
+        found.ids.resize((p + 1) * per_part, u32::MAX);
+        found.logits.resize((p + 1) * per_part, f32::NEG_INFINITY);
+    }
+    found
+}
+
+proptest! {
+    #[test]
+    fn the_likeliest_tokens_give_what_all_logits_give(
+        logits in prop::collection::vec(prop_oneof![9 => -8.0f32..8.0, 1 => Just(1.5f32)], 1..300),
+        top_k in 1u32..20,
+        top_p in 0.3f32..1.0,
+        banned in prop::collection::vec(0u32..300, 0..40),
+        part in 16usize..80,
+        temp in prop_oneof![Just(0.0f32), 0.5f32..2.0],
+        seed: u64,
+    ) {
+        let bans = banned.iter().filter(|&&id| (id as usize) < logits.len()).map(|&id| (id, f32::NEG_INFINITY));
+        let options = SamplerOptions { top_k, top_p, temp, seed: Some(seed), logit_bias: bans.collect(), ..plain() };
+        let mut by_all = sampler(options.clone(), logits.len());
+        let mut by_likeliest = sampler(options, logits.len());
+        let likeliest = likeliest(&logits, part, 16);
+        for _ in 0..8 {
+            match by_likeliest.sample_likeliest(&likeliest) {
+                // What was left out could matter: nothing was drawn, and all logits say the rest.
+                Ok(None) => prop_assert_eq!(by_likeliest.sample(&logits).unwrap(), by_all.sample(&logits).unwrap()),
+                Ok(Some(found)) => prop_assert_eq!(found.id, by_all.sample(&logits).unwrap().id),
+                Err(error) => prop_assert_eq!(error, by_all.sample(&logits).unwrap_err()),
+            }
+        }
+    }
+}
+
+#[test]
+fn likeliest_tokens_suffice_until_bans_or_a_large_top_k_reach_past_them() {
+    let logits: Vec<f32> = (0..200).map(|i| (i % 100) as f32 / 10.0).collect();
+    let found = likeliest(&logits, 100, 16);
+    let run = |top_k, banned: Vec<u32>| {
+        let logit_bias = banned.into_iter().map(|id| (id, f32::NEG_INFINITY)).collect();
+        let options = SamplerOptions { top_k, logit_bias, ..plain() };
+        sampler(options, 200).sample_likeliest(&found).unwrap().is_some()
+    };
+    // Each part has its sixteen: 99 down to 84. The 31st of both is above 84, which a token left out could equal.
+    assert!(run(30, vec![]));
+    assert!(!run(31, vec![]));
+    assert!(!run(30, vec![99]));
+    assert!(run(29, vec![99]));
+}
+
+#[test]
+fn likeliest_tokens_will_not_do_where_logits_change() {
+    let takes = |options: SamplerOptions| sampler(options, 100).takes_likeliest();
+    let fits = SamplerOptions { top_k: 40, ..plain() };
+    assert!(takes(fits.clone()));
+    assert!(takes(SamplerOptions { logit_bias: vec![(3, f32::NEG_INFINITY)], ..fits.clone() }));
+    assert!(!takes(SamplerOptions { logit_bias: vec![(3, -1.0)], ..fits.clone() }));
+    assert!(!takes(SamplerOptions { repeat_penalty: 1.1, ..fits.clone() }));
+    assert!(!takes(SamplerOptions { n_probs: 1, ..fits.clone() }));
+    assert!(takes(SamplerOptions { temp: 0.0, top_k: 0, ..fits.clone() }));
+    assert!(!takes(SamplerOptions { top_k: 0, ..fits }));
+    let nan = Likeliest { per_part: 1, ids: vec![7], logits: vec![f32::NAN] };
+    let options = SamplerOptions { top_k: 4, ..plain() };
+    assert!(matches!(sampler(options, 100).sample_likeliest(&nan), Err(Error::BadLogit { token: 7, .. })));
 }

@@ -22,7 +22,7 @@ pub struct TestDevice(pub SharedDevice);
 pub fn devices() -> Vec<TestDevice> {
     static GPU: OnceLock<SharedDevice> = OnceLock::new();
     if wants_gpu() {
-        return vec![TestDevice(Arc::clone(GPU.get_or_init(gpu)))];
+        return vec![TestDevice(Arc::clone(GPU.get_or_init(|| gpu(None))))];
     }
     let emulated = |seed| TestDevice(Arc::new(Emulated::new(Mode::Checked { seed })));
     vec![emulated(0), emulated(0x5eed)]
@@ -31,10 +31,16 @@ pub fn devices() -> Vec<TestDevice> {
 /// A device of this test's own, for whole models: recording a graph wants a stream that nobody else uses. On the CPU the
 /// fast emulator, since checked accesses cost about fifty times as much.
 pub fn engine_device() -> SharedDevice {
-    if wants_gpu() { gpu() } else { Arc::new(Emulated::new(Mode::Fast)) }
+    if wants_gpu() { gpu(None) } else { Arc::new(Emulated::new(Mode::Fast)) }
 }
 
-fn wants_gpu() -> bool {
+/// As [`engine_device`], as if it had only `limit` bytes.
+pub fn limited_device(limit: u64) -> SharedDevice {
+    if wants_gpu() { gpu(Some(limit)) } else { Arc::new(Emulated::with_limit(Mode::Fast, limit)) }
+}
+
+/// Whether tests run on the GPU.
+pub fn wants_gpu() -> bool {
     match env::var("GAMMA_TEST_DEVICE") {
         Err(_) => false,
         Ok(device) if device == "cuda" => true,
@@ -42,11 +48,12 @@ fn wants_gpu() -> bool {
     }
 }
 
-fn gpu() -> SharedDevice {
+fn gpu(vram_limit: Option<u64>) -> SharedDevice {
     let ptx = env::var("GAMMA_PTX").ok().map(|name| {
         PtxBuild::from_name(&name).unwrap_or_else(|| panic!("GAMMA_PTX is {name}, expected sm_80 or sm_90a"))
     });
-    Arc::new(Cuda::new(CudaOptions { ptx, ..CudaOptions::default() }).expect("GAMMA_TEST_DEVICE=cuda needs a GPU"))
+    let options = CudaOptions { ptx, vram_limit, ..CudaOptions::default() };
+    Arc::new(Cuda::new(options).expect("GAMMA_TEST_DEVICE=cuda needs a GPU"))
 }
 
 /// The bundled models: `GAMMA_MODELS`, or the repository's `models`.

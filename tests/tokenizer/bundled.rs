@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 
-use gpt_gamma::gguf::{self, Strings};
+use gpt_gamma::gguf;
 use gpt_gamma::tokenizer::{PreTokenizer, TokenKind, Tokenizer, Vocabulary};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -15,29 +15,9 @@ fn read(name: &str) -> Vec<u8> {
     fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-fn vocabulary(model: &str) -> Vocabulary {
-    let directory = gguf::parse(&read(model)).unwrap();
-    let metadata = directory.metadata;
-    let id = |name| metadata.optional(name).unwrap();
-    let strings = |name| metadata.required::<Strings>(name).unwrap().map(<[u8]>::to_vec).collect();
-    Vocabulary {
-        model: metadata.required::<&str>("tokenizer.ggml.model").unwrap().to_owned(),
-        pre: metadata.optional::<&str>("tokenizer.ggml.pre").unwrap().map(str::to_owned),
-        tokens: strings("tokenizer.ggml.tokens"),
-        token_types: metadata.optional("tokenizer.ggml.token_type").unwrap(),
-        merges: strings("tokenizer.ggml.merges"),
-        bos: id("tokenizer.ggml.bos_token_id"),
-        eos: id("tokenizer.ggml.eos_token_id"),
-        eot: id("tokenizer.ggml.eot_token_id"),
-        eom: id("tokenizer.ggml.eom_token_id"),
-        unknown: id("tokenizer.ggml.unknown_token_id"),
-        padding: id("tokenizer.ggml.padding_token_id"),
-        ..Vocabulary::default()
-    }
-}
-
 fn from_gguf(model: &str) -> Tokenizer {
-    Tokenizer::from_vocabulary(vocabulary(model)).unwrap()
+    let directory = gguf::parse(&read(model)).unwrap();
+    Tokenizer::from_vocabulary(Vocabulary::from_metadata(&directory.metadata).unwrap()).unwrap()
 }
 
 fn from_json(name: &str) -> Tokenizer {

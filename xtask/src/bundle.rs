@@ -20,7 +20,7 @@ const RUN: &str = include_str!("bundle.sh");
 pub enum Contents {
     /// Kernel and model tests, their models, and `gamma`.
     Tests,
-    /// Benches.
+    /// Benches, and the models that those of the engine time.
     Benches,
 }
 
@@ -41,12 +41,13 @@ pub fn make(what: Contents) -> Result<(), Error> {
             let tests = executables("tests", targets)?;
             copy_stripped(&tests, &folder.join("tests"))?;
             copy_stripped(&executables("gamma", "build --release --bin gamma")?, &folder)?;
-            copy_models(&folder.join("models"))?;
+            copy_models(&folder.join("models"), is_wanted_model)?;
             tests
         }
         Contents::Benches => {
             let benches = executables("benches", "bench --no-run --package gamma-benches --benches")?;
             copy_stripped(&benches, &folder.join("benches"))?;
+            copy_models(&folder.join("models"), |name| is_wanted_model(name) && name.ends_with(".gguf"))?;
             benches
         }
     };
@@ -107,20 +108,21 @@ fn copy_stripped(executables: &[Executable], folder: &Path) -> Result<(), Error>
     Ok(())
 }
 
-/// Copies what tests read: the models, their reference logits and tokenizers, but not the f16 originals.
-fn copy_models(folder: &Path) -> Result<(), Error> {
+/// Copies the wanted files of `models/`.
+fn copy_models(folder: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<(), Error> {
     fs::create_dir_all(folder).map_err(at(folder))?;
     let models = workspace::root().join("models");
     for entry in fs::read_dir(&models).map_err(at(&models))? {
         let entry = entry.map_err(at(&models))?;
         let name = entry.file_name();
-        if name.to_str().is_some_and(is_wanted_model) {
+        if name.to_str().is_some_and(&is_wanted) {
             fs::copy(entry.path(), folder.join(&name)).map_err(at(&entry.path()))?;
         }
     }
     Ok(())
 }
 
+/// What tests read: the models, their reference logits and tokenizers, but not the f16 originals.
 fn is_wanted_model(name: &str) -> bool {
     name.ends_with(".gguf") && !name.ends_with("-f16.gguf")
         || name.ends_with(".reference.safetensors")

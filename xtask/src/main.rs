@@ -1,4 +1,4 @@
-//! The project's chores: `cargo xtask setup | run | test | audit | bundle`.
+//! The project's chores: `cargo xtask setup | run | test | audit | bundle | plot`.
 //!
 //! Progress and errors go to standard error; standard output carries tables and what `run` runs. Exit 0: done; 1: a
 //! step failed; 2: wrong usage; `run` passes on its program's.
@@ -8,9 +8,11 @@ mod bundle;
 mod checks;
 mod core_source;
 mod debian;
+mod plot;
 mod process;
 mod ptx;
 mod ptxas;
+mod record;
 mod workspace;
 
 use std::ffi::OsString;
@@ -26,6 +28,7 @@ USAGE:
   cargo xtask test [--quick]     setup, then everything that needs no GPU; --quick leaves out docs and ptxas
   cargo xtask audit [--bless]    assemble the PTX and compare it with docs/; --bless writes docs/ anew
   cargo xtask bundle [--benches] gather tests, models and gamma, or the benches, for a GPU host without Rust
+  cargo xtask plot               draw what benches/record/ holds, as SVG beside it
 ";
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ enum Task {
     Test { quick: bool },
     Audit { bless: bool },
     Bundle { what: bundle::Contents },
+    Plot,
 }
 
 impl Task {
@@ -74,6 +78,7 @@ impl Task {
                 core_source::setup()?;
                 bundle::make(what)?;
             }
+            Task::Plot => plot::draw_records(&workspace::root().join("benches/record"))?,
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -87,6 +92,7 @@ fn parse(mut parser: Parser) -> Result<Task, lexopt::Error> {
             Some("run") => return run_arguments(parser).map(|arguments| Task::Run { arguments }),
             Some("test") => Task::Test { quick: false },
             Some("audit") => Task::Audit { bless: false },
+            Some("plot") => Task::Plot,
             Some("bundle") => Task::Bundle { what: bundle::Contents::Tests },
             _ => return Err(format!("unknown task '{}'", name.display()).into()),
         },

@@ -51,6 +51,12 @@ pub fn unpack_f16x2(pair: u32) -> [f32; 2] {
     [f16::from_bits(pair as u16).to_f32(), f16::from_bits((pair >> 16) as u16).to_f32()]
 }
 
+/// Products of the halves of two registers, each rounded to nearest, subnormal numbers kept: `mul.rn.f16x2`.
+#[inline(always)]
+pub fn mul_f16x2(a: u32, b: u32) -> u32 {
+    machine::mul_f16x2(a, b)
+}
+
 /// Functions of `f32` beyond `core`'s. "Approximate" ones state their error; the others are IEEE-rounded on both machines.
 pub trait Float {
     /// `sqrt.rn.f32`, correctly rounded.

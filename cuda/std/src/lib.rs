@@ -50,7 +50,7 @@ use ptx as machine;
 
 pub use cuda_std_macros::kernel;
 pub use element::{Element, Store};
-pub use float::{Float, f16, pack_f16x2, unpack_f16x2};
+pub use float::{Float, f16, mul_f16x2, pack_f16x2, unpack_f16x2};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use launch::{Arg, DeviceSlice, Entry, Launch, LaunchError, Launcher, Param, ParamKind};
 pub use memory::{Atomics, Disjoint, Global, lane_share};

@@ -220,6 +220,16 @@ pub fn pack_f16x2(low: f32, high: f32) -> u32 {
     pair
 }
 
+#[inline(always)]
+pub fn mul_f16x2(a: u32, b: u32) -> u32 {
+    let product: u32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("mul.rn.f16x2 {}, {}, {};", out(reg32) product, in(reg32) a, in(reg32) b, options(pure, nomem, nostack));
+    }
+    product
+}
+
 /// # Safety
 /// [`crate::mma::m16n8k16_f16`]'s.
 #[inline(always)]

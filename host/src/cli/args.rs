@@ -67,6 +67,16 @@ pub enum Command {
     /// the standard error. Running values go to standard error.
     #[command(mut_arg("ctx_size", |arg| arg.default_value("512").help("Tokens per window; 0 takes all that the model was made for")))]
     Perplexity(Perplexity),
+    /// Measure how fast a model runs
+    ///
+    /// As llama-bench: a test ppN reads a prompt of N tokens, a test tgN generates N tokens one by one; `@ dD` means behind
+    /// D tokens that are there already. Tokens are random, others each time, and drawn from the whole vocabulary; every token
+    /// generated is waited for, and so is what the model makes of it. Each test runs once untimed, then -r times.
+    ///
+    /// Beside the speed stands what a generated token makes the memory move: all weights that it uses, of experts only its
+    /// own, and the keys and values before it; and the share that this is of what the same memory was measured to read at
+    /// best when the tests were done. The emulator has no such share, and says nothing about a GPU's speed.
+    Bench(Bench),
     /// Print how much memory a model takes, and whether it fits
     ///
     /// The same plan that is made before a model is loaded; nothing is loaded here, and no GPU is needed. Exits with 1 if
@@ -377,6 +387,50 @@ pub struct Perplexity {
 }
 
 #[derive(Debug, Args)]
+pub struct Bench {
+    /// GGUF file, or the first file of a split model [default: the bundled tiny gpt-oss]
+    #[arg(short, long, value_name = "FILE", help_heading = "Model")]
+    pub model: Option<PathBuf>,
+    /// Lengths of prompts to read; 0 for none [default: 512; in the emulator 16]
+    #[arg(short = 'p', long, value_name = "N,...", value_delimiter = ',', value_parser = n_tokens, allow_negative_numbers = true)]
+    pub n_prompt: Option<Vec<usize>>,
+    /// Numbers of tokens to generate; 0 for none [default: 128; in the emulator 8]
+    #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = n_tokens, allow_negative_numbers = true)]
+    pub n_gen: Option<Vec<usize>>,
+    /// Tokens that are in the context before the test begins
+    #[arg(short = 'd', long, value_name = "N,...", value_delimiter = ',', default_value = "0", value_parser = n_tokens, allow_negative_numbers = true)]
+    pub n_depth: Vec<usize>,
+    /// How often each test is timed [default: 5; in the emulator 2]
+    #[arg(short, long, value_name = "N", value_parser = repetitions, allow_negative_numbers = true)]
+    pub repetitions: Option<usize>,
+    /// Prompt tokens to process at once
+    #[arg(short, long, value_name = "N", default_value = "512", value_parser = batch_size, allow_negative_numbers = true, help_heading = "Engine")]
+    pub batch_size: usize,
+    /// Type of the KV cache
+    #[arg(long, value_name = "TYPE", default_value = "f16", help_heading = "Engine")]
+    pub kv: Kv,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// As what to print the results
+    ///
+    /// `md` is a table; `csv` has a header and a line per test; `json` is an array with an object per test, which has the
+    /// times of single runs, too. Columns that llama-bench has are named as there: n_prompt, n_gen, n_depth, avg_ts and
+    /// stddev_ts, in tokens per second. Both tell how long it took until the first token.
+    #[arg(short, long, value_name = "FORMAT", default_value = "md", help_heading = "Output")]
+    pub output: BenchFormat,
+    /// Print how long it took until the first token, too
+    #[arg(long, help_heading = "Output")]
+    pub load: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchFormat {
+    Md,
+    Json,
+    Csv,
+}
+
+#[derive(Debug, Args)]
 pub struct Plan {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -452,6 +506,7 @@ impl CommandLine {
             Command::Chat(args) => ("chat", &args.device),
             Command::Logits(args) => ("logits", &args.device),
             Command::Perplexity(args) => ("perplexity", &args.device),
+            Command::Bench(args) => ("bench", &args.device),
             Command::Plan(args) => ("plan", &args.device),
             Command::Inspect(_) | Command::Tokenize(_) | Command::Doctor(_) => return Ok(()),
         };
@@ -479,6 +534,12 @@ impl CommandLine {
                 ErrorKind::ValueValidation,
                 "--chunks: '0' scores nothing; expected -1 or more than 0".to_owned(),
             ));
+        }
+        if let Command::Bench(Bench { n_prompt: Some(prompts), n_gen: Some(generated), .. }) = &self.command
+            && prompts.iter().chain(generated).all(|&n| n == 0)
+        {
+            let text = "-p and -n: 0 leaves no test; expected a number of tokens in one of them".to_owned();
+            return Err(refuse(ErrorKind::ValueValidation, text));
         }
         if let Command::Generate(args) = &self.command {
             if !args.chat && (args.instructions.system.is_some() || args.instructions.reasoning != Effort::Medium) {
@@ -525,6 +586,19 @@ fn batch_size(text: &str) -> Result<usize, String> {
     let size = text.parse().ok().filter(|size| (1..=MAX_BATCH).contains(size));
     size.ok_or_else(|| format!("expected a whole number from 1 to {MAX_BATCH}"))
 }
+
+fn n_tokens(text: &str) -> Result<usize, String> {
+    let n = text.parse().ok().filter(|n| (0..=MAX_BATCH).contains(n));
+    n.ok_or_else(|| format!("expected a whole number from 0 to {MAX_BATCH}, or several with commas between"))
+}
+
+fn repetitions(text: &str) -> Result<usize, String> {
+    let n = text.parse().ok().filter(|n| (1..=MAX_REPETITIONS).contains(n));
+    n.ok_or_else(|| format!("expected a whole number from 1 to {MAX_REPETITIONS}"))
+}
+
+/// More would take hours and tell nothing new.
+const MAX_REPETITIONS: usize = 1000;
 
 /// Far above any use, and small enough that sizes computed from it stay in 64 bits.
 const MAX_BATCH: usize = 1 << 20;

@@ -26,7 +26,7 @@ Ctrl-C ends an answer. A space in front makes a message of a line that begins wi
 
 /// Runs the command.
 pub fn run(args: &Chat) -> Result<(), Error> {
-    let model = Model::open(&args.model, &args.engine)?;
+    let model = Model::open(&args.model, &args.engine, &args.device)?;
     let format = Format::of(&model)?;
     let sampling = args.sampling.options(0);
     // What is wrong with it is told before the model is loaded.

@@ -10,10 +10,15 @@ use gpt_gamma::sampler::{Sampled, Sampler, SamplerOptions};
 use super::error::Error;
 use super::model::Model;
 
+/// Logits from which on it is faster to find the largest where they are than to copy them all.
+const WORTH_IT: usize = 8192;
+
 /// Chooses tokens: on the device where the likeliest is all that is wanted, else from the logits.
 pub struct Chooser {
     pub sampler: Sampler,
     on_device: bool,
+    /// Whether a few of the largest logits will do.
+    by_likeliest: bool,
 }
 
 impl Chooser {
@@ -23,7 +28,9 @@ impl Chooser {
         let (known, all) = (model.tokenizer.n_vocab(), model.spec().n_vocab);
         options.logit_bias.extend((known..all).map(|id| (id as u32, f32::NEG_INFINITY)));
         let on_device = is_plain_greedy(&options) && !wants_logprobs;
-        Ok(Self { sampler: Sampler::new(options, all, model.tokenizer.eog_ids())?, on_device })
+        let sampler = Sampler::new(options, all, model.tokenizer.eog_ids())?;
+        let by_likeliest = all >= WORTH_IT && sampler.takes_likeliest() && !wants_logprobs;
+        Ok(Self { sampler, on_device, by_likeliest })
     }
 
     /// Chooses what follows the tokens that `engine` has read.
@@ -32,6 +39,12 @@ impl Chooser {
             let id = engine.greedy().map_err(|error| model.engine_error(error))?;
             // Nobody asked for the probability.
             return Ok(Sampled { id, logprob: f32::NAN, top: Vec::new() });
+        }
+        if self.by_likeliest {
+            let likeliest = engine.likeliest().map_err(|error| model.engine_error(error))?;
+            if let Some(sampled) = self.sampler.sample_likeliest(&likeliest)? {
+                return Ok(sampled);
+            }
         }
         let logits = engine.logits().map_err(|error| model.engine_error(error))?;
         Ok(self.sampler.sample(&logits)?)

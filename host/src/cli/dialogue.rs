@@ -275,14 +275,18 @@ impl<'m> Dialogue<'m> {
         Ok(Answer { reason, messages, n_prompt, n_reused, n_generated, prefill_seconds, decode_seconds, seed })
     }
 
-    /// How many tokens of `prompt` need not be read, since the engine has read them and nothing else. If it has read
-    /// something else, it forgets all: it cannot go back by less.
+    /// How many tokens of `prompt` need not be read, since the engine has read them already. It forgets what it has read
+    /// beyond them, or everything where it cannot go back that far.
     fn reuse(&mut self, prompt: &[u32]) -> usize {
         let n_same = self.cached.iter().zip(prompt).take_while(|(cached, token)| cached == token).count();
         // Logits exist after the last token read only, so at least one is left to read.
-        if n_same < self.cached.len() || n_same == prompt.len() {
-            self.engine.reset();
-            self.cached.clear();
+        let n_kept = n_same.min(prompt.len() - 1);
+        match self.engine.rewind(n_kept) {
+            Ok(()) => self.cached.truncate(n_kept),
+            Err(_) => {
+                self.engine.reset();
+                self.cached.clear();
+            }
         }
         self.cached.len()
     }

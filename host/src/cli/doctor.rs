@@ -177,7 +177,7 @@ impl Gpu {
             _ => &[],
         };
         let check = |&build: &PtxBuild| {
-            let options = CudaOptions { ordinal: number, ptx: Some(build), vram_limit: None };
+            let options = CudaOptions { ordinal: number, ptx: Some(build), ..CudaOptions::default() };
             Check::of(build.name().to_owned(), || Ok(Arc::new(Cuda::new(options)?)))
         };
         Ok(Self {

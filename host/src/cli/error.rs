@@ -50,6 +50,8 @@ pub enum Error {
     WindowTooSmall { n_ctx: usize },
     #[error("text: has {found} tokens, fewer than the {expected} of one window; use a longer text or a smaller -c")]
     TextTooShort { found: usize, expected: usize },
+    #[error("test {test}: takes {n_tokens} tokens of context, the model was made for {n_ctx}")]
+    BenchTooLong { test: String, n_tokens: usize, n_ctx: usize },
     #[error("terminal")]
     Terminal(#[source] rustyline::error::ReadlineError),
     #[error("standard input")]

@@ -25,7 +25,7 @@ pub fn run(args: &Generate) -> Result<(), Error> {
         return chat(args);
     }
     let prompt = model::prompt(&args.prompt)?;
-    let model = Model::open(&args.model, &args.engine)?;
+    let model = Model::open(&args.model, &args.engine, &args.device)?;
     let tokens = model.prompt_tokens(&prompt, args.prompt.specials)?;
     model.check_length(tokens.len())?;
     let mut chooser = Chooser::new(args.sampling.options(args.top_logprobs), args.json, &model)?;
@@ -42,7 +42,7 @@ pub fn run(args: &Generate) -> Result<(), Error> {
     let interrupts = Interrupts::watch()?;
     interrupts.take();
     let start = Instant::now();
-    let mut n_generated = 0;
+    let (mut n_generated, mut first_token) = (0, None);
     let reason = loop {
         if args.n_predict.0.is_some_and(|n| n_generated >= n) {
             break Reason::Length;
@@ -51,6 +51,7 @@ pub fn run(args: &Generate) -> Result<(), Error> {
             break Reason::Interrupt;
         }
         let chosen = chooser.choose(&mut engine, &model)?;
+        first_token.get_or_insert_with(|| model.times.begin.elapsed());
         if model.tokenizer.eog_ids().contains(&chosen.id) {
             break Reason::Stop { token: chosen.id };
         }
@@ -85,6 +86,9 @@ pub fn run(args: &Generate) -> Result<(), Error> {
         note(&model.context_full(&format!("stopped after {n_generated} new tokens")));
     }
     if stats {
+        if let Some(time) = first_token {
+            let _ = writeln!(stderr(), "began      first token {:.2} s after the start", time.as_secs_f64());
+        }
         finish.print();
     }
     Ok(())
@@ -93,7 +97,7 @@ pub fn run(args: &Generate) -> Result<(), Error> {
 /// Has the prompt answered as the first message of a chat.
 fn chat(args: &Generate) -> Result<(), Error> {
     let text = String::from_utf8(model::prompt(&args.prompt)?).map_err(|_| Error::MessageNotUtf8)?;
-    let model = Model::open(&args.model, &args.engine)?;
+    let model = Model::open(&args.model, &args.engine, &args.device)?;
     let format = Format::of(&model)?;
     let conversation = Conversation {
         system: args.instructions.system.clone(),

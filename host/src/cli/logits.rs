@@ -18,7 +18,7 @@ use super::{Out, session};
 
 /// Runs the command.
 pub fn run(args: &Logits) -> Result<(), Error> {
-    let model = Model::open(&args.model, &args.engine)?;
+    let model = Model::open(&args.model, &args.engine, &args.device)?;
     let n_vocab = model.spec().n_vocab;
     let tokens = match &args.tokens_file {
         Some(path) => tokens_of(path, n_vocab)?,

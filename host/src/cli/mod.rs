@@ -4,6 +4,7 @@
 //! closed standard output is 0.
 
 mod args;
+mod bench;
 mod chat;
 mod chooser;
 mod dialogue;
@@ -44,6 +45,7 @@ pub fn main() -> ExitCode {
         Command::Tokenize(args) => tokenize::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Perplexity(args) => perplexity::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Doctor(args) => doctor::run(args),
     };

@@ -4,15 +4,16 @@ use std::fs;
 use std::io::{IsTerminal, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use gpt_gamma::adapter::{self, GptInferenceAdapter, InferenceAdapter, ModelSpec};
 use gpt_gamma::engine::{self, MemoryPlan, Options};
-use gpt_gamma::gguf::{Metadata, MetadataError, Strings};
 use gpt_gamma::model_file::ModelFile;
 use gpt_gamma::tokenizer::{Tokenizer, Vocabulary};
 
-use super::args::{EngineArgs, ModelArgs, PromptArgs};
+use super::args::{DeviceArgs, EngineArgs, ModelArgs, PromptArgs};
 use super::error::Error;
+use super::session::Opening;
 
 /// What runs without `-m`.
 static BUNDLED: &[u8] = include_bytes!("../../../models/tiny-gpt-oss-mxfp4.gguf");
@@ -39,48 +40,17 @@ pub fn engine_error(file: &ModelFile, source: engine::Error) -> Error {
 pub fn tokenizer(args: &ModelArgs, file: &ModelFile) -> Result<Tokenizer, Error> {
     let in_gguf = |source| Error::Vocabulary { file: name(file), source };
     let (source, vocabulary) = match &args.tokenizer {
-        None => (name(file), vocabulary(file.metadata()).map_err(in_gguf)?),
+        None => (name(file), Vocabulary::from_metadata(file.metadata()).map_err(in_gguf)?),
         Some(path) => {
             let source = path.display().to_string();
             let refused = |error| Error::Tokenizer { file: source.clone(), source: error };
             let mut vocabulary = Vocabulary::from_json(&read(path)?, None, None).map_err(refused)?;
             // The file does not say which tokens begin and end a text, the GGUF's metadata does.
-            special_ids(file.metadata(), &mut vocabulary).map_err(in_gguf)?;
+            vocabulary.name_specials(file.metadata()).map_err(in_gguf)?;
             (source, vocabulary)
         }
     };
     Tokenizer::from_vocabulary(vocabulary).map_err(|error| Error::Tokenizer { file: source, source: error })
-}
-
-/// A file's `tokenizer.*` keys, unchecked.
-fn vocabulary(metadata: &Metadata) -> Result<Vocabulary, MetadataError> {
-    let texts = |key| Ok(metadata.required::<Strings>(key)?.map(<[u8]>::to_vec).collect());
-    let model: &str = metadata.required("tokenizer.ggml.model")?;
-    let mut vocabulary = Vocabulary {
-        model: model.to_owned(),
-        pre: metadata.optional::<&str>("tokenizer.ggml.pre")?.map(str::to_owned),
-        tokens: texts("tokenizer.ggml.tokens")?,
-        token_types: metadata.optional("tokenizer.ggml.token_type")?,
-        ..Vocabulary::default()
-    };
-    // Other models have no merges; the tokenizer is to say that it does not support them.
-    if model == "gpt2" {
-        vocabulary.merges = texts("tokenizer.ggml.merges")?;
-    }
-    special_ids(metadata, &mut vocabulary)?;
-    Ok(vocabulary)
-}
-
-/// Those keys that say what the tokens are for.
-fn special_ids(metadata: &Metadata, vocabulary: &mut Vocabulary) -> Result<(), MetadataError> {
-    let id = |name| metadata.optional(&format!("tokenizer.ggml.{name}_token_id"));
-    let flag = |key| Ok(metadata.optional(key)?.unwrap_or(false));
-    (vocabulary.bos, vocabulary.eos, vocabulary.eot, vocabulary.eom) = (id("bos")?, id("eos")?, id("eot")?, id("eom")?);
-    (vocabulary.unknown, vocabulary.padding) = (id("unknown")?, id("padding")?);
-    vocabulary.add_bos = flag("tokenizer.ggml.add_bos_token")?;
-    vocabulary.add_eos = flag("tokenizer.ggml.add_eos_token")?;
-    vocabulary.chat_template = metadata.optional::<&str>("tokenizer.chat_template")?.map(str::to_owned);
-    Ok(())
 }
 
 /// What there is to compute, if this engine can.
@@ -113,21 +83,35 @@ pub struct Model {
     pub adapter: GptInferenceAdapter,
     pub options: Options,
     pub plan: MemoryPlan,
+    /// The device that it is to run on.
+    pub device: Opening,
+    pub times: OpenTimes,
+}
+
+/// When opening a model began, and how long its parts took.
+pub struct OpenTimes {
+    pub begin: Instant,
+    pub file: Duration,
+    pub tokenizer: Duration,
 }
 
 impl Model {
-    /// Opens and checks everything that takes no device.
-    pub fn open(args: &ModelArgs, engine: &EngineArgs) -> Result<Self, Error> {
+    /// Opens and checks everything that takes no device, and lets the device open meanwhile.
+    pub fn open(args: &ModelArgs, engine: &EngineArgs, device: &DeviceArgs) -> Result<Self, Error> {
+        let begin = Instant::now();
         let file = open(args)?;
         let adapter = describe(&file)?;
         let (options, plan) = options(engine, &file, adapter.spec())?;
+        let file_time = begin.elapsed();
+        let device = Opening::start(device);
         let tokenizer = tokenizer(args, &file)?;
+        let times = OpenTimes { begin, file: file_time, tokenizer: begin.elapsed() - file_time };
         let (found, expected) = (tokenizer.n_vocab(), adapter.spec().n_vocab);
         if found > expected {
             let file = args.tokenizer.as_deref().map_or_else(|| name(&file), |path| path.display().to_string());
             return Err(Error::TokenizerTooLarge { file, found, expected });
         }
-        Ok(Self { file, tokenizer, adapter, options, plan })
+        Ok(Self { file, tokenizer, adapter, options, plan, device, times })
     }
 
     /// What the engine says, about this model.

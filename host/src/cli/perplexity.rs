@@ -14,7 +14,7 @@ use super::{Out, note, session};
 /// Runs the command.
 pub fn run(args: &Perplexity) -> Result<(), Error> {
     let text = model::prompt(&args.prompt)?;
-    let model = Model::open(&args.model, &args.engine)?;
+    let model = Model::open(&args.model, &args.engine, &args.device)?;
     let n_ctx = model.options.n_ctx;
     let tokens = model.prompt_tokens(&text, args.prompt.specials)?;
     // The token at position p is predicted from those before, by the logits at p - 1.

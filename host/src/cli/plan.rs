@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use gpt_gamma::adapter::InferenceAdapter;
-use gpt_gamma::device::{Device, Error as DeviceError, MemoryInfo};
+use gpt_gamma::device::{Device, Error as DeviceError};
 use gpt_gamma::engine::MemoryPlan;
 use indicatif::BinaryBytes;
 use serde_json::json;
@@ -18,6 +18,8 @@ pub struct Budget {
     pub bytes: u64,
     /// The device, if there is one.
     pub device: Option<String>,
+    /// What it reported as taken when it was opened.
+    pub in_use: Option<u64>,
     /// Bytes of `--vram-limit`.
     pub limit: Option<u64>,
 }
@@ -25,7 +27,9 @@ pub struct Budget {
 impl Budget {
     /// What `device` has left.
     pub fn of(device: &dyn Device, args: &DeviceArgs) -> Result<Self, Error> {
-        Ok(Self { bytes: device.memory()?.free, device: Some(device.name()), limit: args.vram_limit })
+        let memory = device.memory()?;
+        let (device, in_use) = (Some(device.name()), Some(memory.before));
+        Ok(Self { bytes: memory.free, device, in_use, limit: args.vram_limit })
     }
 }
 
@@ -47,10 +51,13 @@ pub fn run(args: &Plan) -> Result<(), Error> {
         out.json(&json!({
             "n_ctx": options.n_ctx,
             "weights": weights,
-            "kv_cache_bytes": plan.kv_cache,
+            "kv_cache_bytes": plan.kv_cache(),
+            "kv_full_bytes": plan.kv_full,
+            "kv_sliding_bytes": plan.kv_sliding,
             "workspace_bytes": plan.workspace,
             "total_bytes": plan.total(),
             "device": budget.as_ref().and_then(|budget| budget.device.as_deref()),
+            "in_use_bytes": budget.as_ref().and_then(|budget| budget.in_use),
             "vram_limit_bytes": args.device.vram_limit,
             "budget_bytes": budget.as_ref().map(|budget| budget.bytes),
             "fits": fits,
@@ -68,8 +75,7 @@ pub fn run(args: &Plan) -> Result<(), Error> {
     }
     out.flush()?;
     let Some(Budget { bytes, .. }) = budget else { return Ok(()) };
-    let memory = MemoryInfo { free: bytes, total: bytes };
-    plan.check(spec, tensors, &options, memory).map_err(|error| model::engine_error(&file, error))
+    plan.check(spec, tensors, &options, bytes).map_err(|error| model::engine_error(&file, error))
 }
 
 /// What there is, or why nobody knows.
@@ -80,7 +86,7 @@ fn budget(args: &DeviceArgs) -> Result<(Option<Budget>, Option<String>), Error> 
     match session::cuda(args) {
         Ok(device) => Ok((Some(Budget::of(&*device, args)?), None)),
         Err(error @ DeviceError::NoDevice { .. }) if session::is_open(args) => match args.vram_limit {
-            Some(bytes) => Ok((Some(Budget { bytes, device: None, limit: Some(bytes) }), None)),
+            Some(bytes) => Ok((Some(Budget { bytes, device: None, in_use: None, limit: Some(bytes) }), None)),
             None => Ok((None, Some(one_line(&error)))),
         },
         Err(error) => Err(error.into()),
@@ -98,7 +104,11 @@ pub fn table(plan: &MemoryPlan, n_ctx: usize, budget: Option<&Budget>) -> String
     for (ty, bytes) in &plan.weights {
         row("weights", *bytes, ty.name());
     }
-    row("KV cache", plan.kv_cache, &format!("{n_ctx} tokens"));
+    for (bytes, layers) in [(plan.kv_full, "full"), (plan.kv_sliding, "sliding")] {
+        if bytes > 0 {
+            row("KV cache", bytes, &format!("{n_ctx} tokens, layers of {layers} attention"));
+        }
+    }
     row("workspace", plan.workspace, "");
     row("total", plan.total(), "");
     if let Some(budget) = budget {
@@ -107,6 +117,9 @@ pub fn table(plan: &MemoryPlan, n_ctx: usize, budget: Option<&Budget>) -> String
             (Some(device), Some(_)) => format!("free on {device} under --vram-limit"),
             (None, _) => "--vram-limit".to_owned(),
         };
+        if let Some(in_use) = budget.in_use.filter(|&bytes| bytes > 0) {
+            row("in use", in_use, "by the driver and others, before any of this");
+        }
         row("budget", budget.bytes, &device);
         let total = plan.total();
         match budget.bytes.checked_sub(total) {

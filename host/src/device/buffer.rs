@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Arc;
 
 use cuda_std::{DeviceSlice, Element, f16};
 
@@ -29,23 +30,90 @@ unsafe impl Plain for f32 {}
 // SAFETY: `half` promises a transparent `u16`.
 unsafe impl Plain for f16 {}
 
+/// What every buffer's address is a multiple of, in bytes; [`Device::allocate`](super::Device::allocate) gives no less.
+const ALIGNMENT: usize = 256;
+
+/// Bytes that a buffer of `bytes` takes in an [`Arena`].
+pub fn padded(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGNMENT)
+}
+
+/// One allocation of a device, freed on drop.
+struct Allocation {
+    device: SharedDevice,
+    address: u64,
+    bytes: usize,
+}
+
+impl Allocation {
+    fn new(device: &SharedDevice, bytes: usize) -> Result<Arc<Self>, Error> {
+        let address = device.allocate(bytes)?;
+        Ok(Arc::new(Self { device: SharedDevice::clone(device), address, bytes }))
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`, freed here only; the borrow of a buffer by whoever launches ends before.
+        unsafe { self.device.free(self.address, self.bytes) };
+    }
+}
+
+/// One allocation for many buffers that live equally long. It is freed with the last of them.
+///
+/// A driver gives memory in pieces of 2 MiB: hundreds of buffers with allocations of their own would take more than they
+/// hold, and nobody could say beforehand how much.
+pub struct Arena {
+    memory: Arc<Allocation>,
+    used: usize,
+}
+
+impl Arena {
+    /// Room for buffers of `bytes` bytes together, each [`padded`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`].
+    pub fn new(device: &SharedDevice, bytes: usize) -> Result<Self, Error> {
+        Ok(Self { memory: Allocation::new(device, bytes)?, used: 0 })
+    }
+
+    /// A buffer of `len` elements; contents are undefined.
+    ///
+    /// # Panics
+    ///
+    /// If there is no room: whoever planned the arena forgot this buffer.
+    pub fn buffer<T: Plain>(&mut self, len: usize) -> Buffer<T> {
+        let bytes = padded(len * size_of::<T>());
+        assert!(bytes <= self.left(), "an arena has {} bytes left, a buffer of {bytes} was not planned", self.left());
+        let address = self.memory.address + self.used as u64;
+        self.used += bytes;
+        Buffer { memory: Arc::clone(&self.memory), address, len, elements: PhantomData }
+    }
+
+    /// Bytes that no buffer has taken.
+    pub fn left(&self) -> usize {
+        self.memory.bytes - self.used
+    }
+}
+
 /// `len` elements of device memory, freed on drop.
 pub struct Buffer<T: Plain> {
-    device: SharedDevice,
+    memory: Arc<Allocation>,
     address: u64,
     len: usize,
     elements: PhantomData<T>,
 }
 
 impl<T: Plain> Buffer<T> {
-    /// Room for `len` elements; contents are undefined.
+    /// Room for `len` elements, allocated for them alone; contents are undefined.
     ///
     /// # Errors
     ///
     /// [`Error::OutOfMemory`].
     pub fn new(device: &SharedDevice, len: usize) -> Result<Self, Error> {
-        let address = device.allocate(len * size_of::<T>())?;
-        Ok(Self { device: SharedDevice::clone(device), address, len, elements: PhantomData })
+        let memory = Allocation::new(device, len * size_of::<T>())?;
+        Ok(Self { address: memory.address, memory, len, elements: PhantomData })
     }
 
     /// A copy of `elements` on the device.
@@ -92,7 +160,7 @@ impl<T: Plain> Buffer<T> {
         let target = self.slice().slice(start..start + elements.len());
         // SAFETY: `Plain` elements are bytes.
         let bytes = unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements)) };
-        self.device.copy_to_device(target.address(), bytes)
+        self.memory.device.copy_to_device(target.address(), bytes)
     }
 
     /// Waits for all launches and copies `self[range]` to the host.
@@ -112,7 +180,7 @@ impl<T: Plain> Buffer<T> {
         unsafe {
             elements.as_mut_ptr().write_bytes(0, source.len());
             let bytes = std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), source.len() * size_of::<T>());
-            self.device.copy_to_host(source.address(), bytes)?;
+            self.memory.device.copy_to_host(source.address(), bytes)?;
             elements.set_len(source.len());
         }
         Ok(elements)
@@ -133,7 +201,7 @@ impl<T: Plain> Buffer<T> {
     ///
     /// Those of [`Device::fill`](super::Device::fill).
     pub fn fill_bytes(&self, byte: u8) -> Result<(), Error> {
-        self.device.fill(self.address, byte, self.n_bytes())
+        self.memory.device.fill(self.address, byte, self.n_bytes())
     }
 }
 
@@ -176,6 +244,13 @@ impl<T: Plain> View<'_, T> {
     }
 }
 
+impl<'a, T: Plain> View<'a, T> {
+    /// The bytes of its elements.
+    pub fn bytes(self) -> View<'a, u8> {
+        View { slice: DeviceSlice::new(self.slice.address(), self.len() * size_of::<T>()), buffer: PhantomData }
+    }
+}
+
 impl<T: Plain> Buffer<T> {
     /// All of it, borrowed.
     pub fn view(&self) -> View<'_, T> {
@@ -185,13 +260,6 @@ impl<T: Plain> Buffer<T> {
 
 impl<T: Plain> fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} on {}", self.len, T::NAME, self.device.name())
-    }
-}
-
-impl<T: Plain> Drop for Buffer<T> {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new`, freed here only; the borrow of the buffer by whoever launches ends before.
-        unsafe { self.device.free(self.address, self.n_bytes()) };
+        write!(f, "{} {} on {}", self.len, T::NAME, self.memory.device.name())
     }
 }

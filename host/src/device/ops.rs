@@ -4,12 +4,12 @@
 //! the engine's bug and panic; whatever a file or a user can cause was refused long before.
 
 use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
-use kernels::attention::decode::{self, decode_splits};
-use kernels::attention::{kv_append, prefill};
-use kernels::experts::{decode as one, prefill as many, sort};
+use kernels::attention::token::{grouped, partial_len, single};
+use kernels::attention::{kv_append, prefill, reciprocal};
+use kernels::experts::{decode as one, grouped as grouped_experts, prefill as many, sort, token as token_experts};
 use kernels::format::WeightFormat;
 use kernels::{
-    argmax as argmax_kernel, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
+    argmax as argmax_kernel, candidates, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
     rms_norm as rms_norm_kernel, rope as rope_kernel, router,
 };
 
@@ -48,8 +48,8 @@ pub struct AttentionShape {
     pub n_head_kv: usize,
     /// Width of a head: a multiple of 8 up to 128.
     pub d_head: usize,
-    /// Positions of the cache.
-    pub n_ctx: usize,
+    /// Positions the cache has room for. With a window it may be a ring: position i is in slot i mod `n_slots`.
+    pub n_slots: usize,
     /// What scores are multiplied by.
     pub scale: f32,
     /// How many keys a query sees, its own included; all if `None`.
@@ -71,17 +71,23 @@ impl AttentionShape {
         self.n_head > 4 * self.n_head_kv
     }
 
+    /// Whether the kernels of `token::grouped` serve it.
+    fn runs_grouped(&self, cache: &Cache) -> bool {
+        matches!(cache, Cache::F16 { .. }) && self.is_grouped()
+    }
+
     /// Over how many blocks a decode step spreads the keys of a head, by the whole context: the launch is recorded once.
-    fn n_splits(&self) -> u32 {
-        let one = match self.is_grouped() {
-            true => decode::launch_grouped(self.n_head as u32, self.n_head_kv as u32, 1),
-            false => decode::launch(self.n_head as u32, 1),
-        };
-        decode_splits(self.n_ctx.min(self.window.unwrap_or(usize::MAX)) as u32, one.grid[0])
+    fn n_splits(&self, grouped: bool) -> u32 {
+        let n_keys = self.n_slots.min(self.window.unwrap_or(usize::MAX)) as u32 - 1;
+        let (n_head, n_head_kv, d_head) = (self.n_head as u32, self.n_head_kv as u32, self.d_head as u32);
+        match grouped {
+            true => grouped::n_splits(n_keys, n_head, n_head_kv, d_head),
+            false => single::n_splits(n_keys, n_head),
+        }
     }
 }
 
-/// The KV cache of one layer: `[n_head_kv, n_ctx, d_head]` each.
+/// The KV cache of one layer: `[n_head_kv, n_slots, d_head]` each.
 #[derive(Clone, Copy)]
 #[expect(missing_docs, reason = "keys and values")]
 pub enum Cache<'a> {
@@ -95,7 +101,7 @@ impl Cache<'_> {
             Self::F16 { k, v } => (k.len(), v.len()),
             Self::F32 { k, v } => (k.len(), v.len()),
         };
-        assert_eq!((k, v), (shape.n_head_kv * shape.n_ctx * shape.d_head, k), "cache lengths");
+        assert_eq!((k, v), (shape.n_head_kv * shape.n_slots * shape.d_head, k), "cache lengths");
     }
 }
 
@@ -177,11 +183,112 @@ pub fn linear(
     // SAFETY: as in `embed`.
     unsafe {
         if n_tokens == 1 {
-            matvec::run(format, launcher, out, weight, x, bias, i, o, code)
+            let none = optional(None);
+            matvec::run(format, launcher, out, weight, x, none, none, bias, 0.0, i, o, code)
         } else {
             matmul::run(format, launcher, out, weight, x, bias, t, i, o, code)
         }
     }
+}
+
+/// A matrix of weights, `[n_out, n_in]`.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "a format, its planes, a shape")]
+pub struct LinearMatrix<'a> {
+    pub format: WeightFormat,
+    pub packed: View<'a, u8>,
+    pub n_in: usize,
+    pub n_out: usize,
+}
+
+/// What is done to a vector before a matrix.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub enum Norm<'a> {
+    /// Root-mean-square normalization.
+    Rms { gamma: View<'a, f32>, epsilon: f32 },
+    /// Layer normalization.
+    Layer { gamma: View<'a, f32>, beta: View<'a, f32>, epsilon: f32 },
+}
+
+/// The router of a mixture of experts that reads what [`linear_fused`] adds to.
+#[derive(Clone, Copy)]
+pub struct RouterParts<'a> {
+    /// `[n_expert, n_out]`.
+    pub weight: View<'a, f32>,
+    /// The scale of the RMS norm before the router, `[n_out]`.
+    pub gamma: View<'a, f32>,
+    /// `[n_parts, n_expert + 1]`, `n_parts` of [`router_parts`]: what each part of the rows adds to the logits, short of the
+    /// norm's division, and its sum of squares.
+    pub parts: View<'a, f32>,
+}
+
+/// Whether [`linear_fused`] can normalize `n_in` elements, with a β if `has_beta`.
+pub fn norm_fits(n_in: usize, has_beta: bool) -> bool {
+    matvec::norm_fits(n_in as u32, has_beta)
+}
+
+/// Whether [`linear_fused`] can serve a router of `n_expert` experts beside a matrix of this shape.
+pub fn router_fits(n_in: usize, n_out: usize, n_expert: usize) -> bool {
+    matvec::router_fits(n_in as u32, n_out as u32, n_expert as u32)
+}
+
+/// Rows of [`RouterParts::parts`] for a matrix of this shape.
+pub fn router_parts(n_in: usize, n_out: usize) -> usize {
+    matvec::n_parts(n_in as u32, n_out as u32) as usize
+}
+
+/// `out = epilogue(weight · norm(x) + bias)` for one token, in one launch, and with a router what its logits are made of.
+///
+/// The weights, γ, β, biases and the router must have been written before the launch before this one: they are read while
+/// that one may still run.
+///
+/// # Errors
+///
+/// Those of the launch.
+///
+/// # Panics
+///
+/// If lengths do not fit, a norm does not ([`norm_fits`]), or a router does not ([`router_fits`]) or comes with a norm or an
+/// epilogue other than [`Epilogue::Add`]: the caller's bugs.
+pub fn linear_fused(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    matrix: LinearMatrix,
+    x: View<f32>,
+    norm: Option<Norm>,
+    bias: Option<View<f32>>,
+    epilogue: Epilogue,
+    router: Option<RouterParts>,
+) -> Result<(), LaunchError> {
+    let LinearMatrix { format, packed, n_in, n_out } = matrix;
+    assert_eq!((out.len(), x.len()), (n_out, n_in), "lengths");
+    assert_eq!(packed.len(), format.layout().planes(n_in, n_out).end, "weight length");
+    assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
+    let (out, weight, x, bias) = (out.slice(), packed.slice(), x.slice(), optional(bias));
+    let (i, o) = (n_in as u32, n_out as u32);
+    if let Some(RouterParts { weight: router, gamma, parts }) = router {
+        assert!(norm.is_none() && epilogue == Epilogue::Add, "a router follows the residual");
+        assert_eq!(gamma.len(), n_out, "router norm length");
+        let n_expert = router.len() / n_out;
+        assert_eq!(router.len(), n_expert * n_out, "router length");
+        assert_eq!(parts.len(), router_parts(n_in, n_out) * (n_expert + 1), "parts length");
+        assert!(router_fits(n_in, n_out, n_expert), "{n_expert} experts do not fit");
+        let (router, gamma, parts, e) = (router.slice(), gamma.slice(), parts.slice(), n_expert as u32);
+        // SAFETY: as in `embed`.
+        return unsafe { matvec::run_router(format, launcher, out, parts, weight, x, bias, router, gamma, i, o, e) };
+    }
+    let (gamma, beta, epsilon) = match norm {
+        None => (None, None, 0.0),
+        Some(Norm::Rms { gamma, epsilon }) => (Some(gamma), None, epsilon),
+        Some(Norm::Layer { gamma, beta, epsilon }) => (Some(gamma), Some(beta), epsilon),
+    };
+    assert!(gamma.is_none_or(|gamma| gamma.len() == n_in), "norm length");
+    assert!(beta.is_none_or(|beta| beta.len() == n_in), "norm shift length");
+    assert!(norm.is_none() || norm_fits(n_in, beta.is_some()), "a norm of {n_in} elements does not fit");
+    let (gamma, beta, code) = (optional(gamma), optional(beta), epilogue.code());
+    // SAFETY: as in `embed`.
+    unsafe { matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code) }
 }
 
 /// Writes the keys and values in `qkv` to their positions in the cache.
@@ -201,109 +308,209 @@ pub fn kv_append(
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
     let launch = kv_append::launch(n_tokens as u32, shape.n_head_kv as u32);
     let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
-    let (d, c) = (shape.d_head as u32, shape.n_ctx as u32);
+    let (d, s, w) = (shape.d_head as u32, shape.n_slots as u32, shape.window.unwrap_or(0) as u32);
     let (qkv, state) = (qkv.slice(), state.slice());
     // SAFETY: as in `embed`.
     unsafe {
         match cache {
             Cache::F16 { k, v } => {
-                kv_append::kv_append_f16::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, c)
+                kv_append::kv_append_f16::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, s, w)
             }
             Cache::F32 { k, v } => {
-                kv_append::kv_append_f32::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, c)
+                kv_append::kv_append_f32::run(launcher, launch, k.slice(), v.slice(), qkv, state, t, h, hkv, d, s, w)
             }
         }
     }
 }
 
-/// Elements that [`attention`] needs in `partial`.
-pub fn attention_partial_len(shape: AttentionShape) -> usize {
-    decode::partial_len(shape.n_head as u32, shape.d_head as u32, shape.n_splits())
+/// Where [`attention`] writes, `[n_tokens, n_head d_head]`.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the element type; f16 is NaN where it cannot hold the value")]
+pub enum AttentionOut<'a> {
+    F32(View<'a, f32>),
+    F16(View<'a, f16>),
 }
 
 /// Attends from each of `n_tokens` tokens in `qkv` to the cache, which holds their own keys already.
 ///
 /// # Errors
 ///
-/// Those of the launches.
+/// Those of the launch.
 pub fn attention(
     launcher: &dyn Launcher,
-    out: View<f32>,
+    out: AttentionOut,
     qkv: View<f32>,
     cache: Cache,
     state: View<u32>,
     sinks: Option<View<f32>>,
-    partial: View<f32>,
     shape: AttentionShape,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
     cache.assert_holds(shape);
     assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_head), "sinks length");
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
-    assert_eq!(out.len(), n_tokens * shape.q_width(), "output length");
-    assert!(partial.len() >= attention_partial_len(shape), "partial length");
     assert!(shape.d_head.is_multiple_of(8) && shape.d_head <= 128, "head width");
     let (t, h, hkv) = (n_tokens as u32, shape.n_head as u32, shape.n_head_kv as u32);
-    let (d, c, scale) = (shape.d_head as u32, shape.n_ctx as u32, shape.scale);
-    let (out, qkv, state, partial) = (out.slice(), qkv.slice(), state.slice(), partial.slice());
+    let (d, s, scale) = (shape.d_head as u32, shape.n_slots as u32, shape.scale);
+    let (out, out16) = match out {
+        AttentionOut::F32(out) => (out.slice(), DeviceSlice::new(0, 0)),
+        AttentionOut::F16(out) => (DeviceSlice::new(0, 0), out.slice()),
+    };
+    assert_eq!(out.len() + out16.len(), n_tokens * shape.q_width(), "output length");
+    let (qkv, state) = (qkv.slice(), state.slice());
     let (sinks, window) = (optional(sinks), shape.window.unwrap_or(0) as u32);
-
-    if n_tokens > 1 {
-        // SAFETY: as in `embed`.
-        return unsafe {
-            match cache {
-                Cache::F16 { k, v } => {
-                    let kernel = match d {
-                        ..=64 => prefill::attention_prefill_f16_64::run,
-                        _ => prefill::attention_prefill_f16_128::run,
-                    };
-                    let (launch, k, v) = (prefill::launch_f16(t, h), k.slice(), v.slice());
-                    kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, c, window, scale)
-                }
-                Cache::F32 { k, v } => {
-                    let kernel = match d {
-                        ..=32 => prefill::attention_prefill_f32_32::run,
-                        33..=64 => prefill::attention_prefill_f32_64::run,
-                        _ => prefill::attention_prefill_f32_128::run,
-                    };
-                    let (launch, k, v) = (prefill::launch_f32(t, h), k.slice(), v.slice());
-                    kernel(launcher, launch, out, qkv, k, v, state, sinks, t, h, hkv, d, c, window, scale)
-                }
-            }
-        };
-    }
-
-    let n_splits = shape.n_splits();
     // SAFETY: as in `embed`.
     unsafe {
         match cache {
             Cache::F16 { k, v } => {
-                let kernel = match (shape.is_grouped(), d) {
-                    (true, ..=64) => decode::attention_decode_grouped_f16_64::run,
-                    (true, _) => decode::attention_decode_grouped_f16_128::run,
-                    (false, ..=32) => decode::attention_decode_f16_32::run,
-                    (false, 33..=64) => decode::attention_decode_f16_64::run,
-                    (false, _) => decode::attention_decode_f16_128::run,
+                let kernel = match d {
+                    ..=64 => prefill::attention_prefill_f16_64::run,
+                    _ => prefill::attention_prefill_f16_128::run,
                 };
-                let launch = match shape.is_grouped() {
-                    true => decode::launch_grouped(h, hkv, n_splits),
-                    false => decode::launch(h, n_splits),
-                };
-                kernel(launcher, launch, partial, qkv, k.slice(), v.slice(), state, h, hkv, d, c, window, scale)?;
+                let (launch, k, v) = (prefill::launch_f16(t, h), k.slice(), v.slice());
+                kernel(launcher, launch, out, out16, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
             }
             Cache::F32 { k, v } => {
                 let kernel = match d {
-                    ..=32 => decode::attention_decode_f32_32::run,
-                    33..=64 => decode::attention_decode_f32_64::run,
-                    _ => decode::attention_decode_f32_128::run,
+                    ..=32 => prefill::attention_prefill_f32_32::run,
+                    33..=64 => prefill::attention_prefill_f32_64::run,
+                    _ => prefill::attention_prefill_f32_128::run,
                 };
-                // These have a block a query head whatever the group.
-                let (launch, k, v) = (decode::launch(h, n_splits), k.slice(), v.slice());
-                kernel(launcher, launch, partial, qkv, k, v, state, h, hkv, d, c, window, scale)?;
+                let (launch, k, v) = (prefill::launch_f32(t, h), k.slice(), v.slice());
+                kernel(launcher, launch, out, out16, qkv, k, v, state, sinks, t, h, hkv, d, s, window, scale)
             }
         }
-        let launch = decode::launch_merge(h);
-        decode::attention_merge::run(launcher, launch, out, partial, state, sinks, h, d, n_splits, window)
+    }
+}
+
+/// How a model turns queries and keys.
+#[derive(Clone, Copy)]
+pub struct Rotation<'a> {
+    /// Of [`kernels::rope::frequency`], `[d_head / 2]`.
+    pub frequencies: View<'a, u64>,
+    /// What turned vectors are multiplied by.
+    pub magnitude: f32,
+}
+
+/// What [`attention_token`] keeps between its blocks. All layers may share it, one after the other.
+#[derive(Clone, Copy)]
+pub struct TokenWork<'a> {
+    /// At least [`attention_partial_len`] elements, whose contents do not matter.
+    pub partial: View<'a, f32>,
+    /// At least [`attention_counters_len`] elements: zero before the first launch, and again after each.
+    pub counters: View<'a, u32>,
+}
+
+/// Elements that [`attention_token`] needs in [`TokenWork::partial`].
+pub fn attention_partial_len(shape: AttentionShape) -> usize {
+    let len = |grouped| partial_len(shape.n_head as u32, shape.d_head as u32, shape.n_splits(grouped));
+    len(true).max(len(false))
+}
+
+/// Elements that [`attention_token`] needs in [`TokenWork::counters`].
+pub fn attention_counters_len(shape: AttentionShape) -> usize {
+    shape.n_head
+}
+
+/// One token's attention in one launch: turns queries and key, puts key and value into the cache, attends.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn attention_token(
+    launcher: &dyn Launcher,
+    out: View<f32>,
+    qkv: View<f32>,
+    cache: Cache,
+    state: View<u32>,
+    rotation: Option<Rotation>,
+    sinks: Option<View<f32>>,
+    work: TokenWork,
+    shape: AttentionShape,
+) -> Result<(), LaunchError> {
+    cache.assert_holds(shape);
+    assert!(sinks.is_none_or(|sinks| sinks.len() == shape.n_head), "sinks length");
+    assert!(rotation.is_none_or(|rotation| 2 * rotation.frequencies.len() == shape.d_head), "frequencies");
+    assert_eq!((qkv.len(), out.len()), (shape.qkv_width(), shape.q_width()), "lengths");
+    assert!(work.partial.len() >= attention_partial_len(shape), "partial length");
+    assert!(work.counters.len() >= attention_counters_len(shape), "counters");
+    assert!(shape.d_head.is_multiple_of(8) && shape.d_head <= 128, "head width");
+    let (h, hkv, d) = (shape.n_head as u32, shape.n_head_kv as u32, shape.d_head as u32);
+    let (s, scale, window) = (shape.n_slots as u32, shape.scale, shape.window.unwrap_or(0) as u32);
+    let (out, qkv, state, sinks) = (out.slice(), qkv.slice(), state.slice(), optional(sinks));
+    let (partial, counters) = (work.partial.slice(), work.counters.slice());
+    let (f, magnitude) = rotation.map_or((DeviceSlice::new(0, 0), 1.0), |r| (r.frequencies.slice(), r.magnitude));
+    let is_grouped = shape.runs_grouped(&cache);
+    let launch = match is_grouped {
+        true => grouped::launch(h, hkv, d, shape.n_splits(true)),
+        false => single::launch(h, shape.n_splits(false)),
+    };
+    // SAFETY: as in `embed`; the row that is written by the one name of a cache is read by neither.
+    unsafe {
+        match cache {
+            Cache::F16 { k, v } => {
+                let kernel = match (is_grouped, d) {
+                    (true, ..=64) => grouped::attention_token_grouped_f16_64::run,
+                    (true, _) => grouped::attention_token_grouped_f16_128::run,
+                    (false, ..=32) => single::attention_token_f16_32::run,
+                    (false, 33..=64) => single::attention_token_f16_64::run,
+                    (false, _) => single::attention_token_f16_128::run,
+                };
+                let (k, v) = (k.slice(), v.slice());
+                kernel(
+                    launcher,
+                    launch,
+                    out,
+                    partial,
+                    counters,
+                    qkv,
+                    k,
+                    v,
+                    k,
+                    v,
+                    state,
+                    f,
+                    sinks,
+                    hkv,
+                    d,
+                    s,
+                    reciprocal(s),
+                    window,
+                    scale,
+                    magnitude,
+                )
+            }
+            Cache::F32 { k, v } => {
+                let kernel = match d {
+                    ..=32 => single::attention_token_f32_32::run,
+                    33..=64 => single::attention_token_f32_64::run,
+                    _ => single::attention_token_f32_128::run,
+                };
+                let (k, v) = (k.slice(), v.slice());
+                kernel(
+                    launcher,
+                    launch,
+                    out,
+                    partial,
+                    counters,
+                    qkv,
+                    k,
+                    v,
+                    k,
+                    v,
+                    state,
+                    f,
+                    sinks,
+                    hkv,
+                    d,
+                    s,
+                    reciprocal(s),
+                    window,
+                    scale,
+                    magnitude,
+                )
+            }
+        }
     }
 }
 
@@ -326,7 +533,7 @@ pub fn rms_norm(
     unsafe { rms_norm_kernel::rms_norm::run(launcher, launch, out.slice(), x.slice(), gamma.slice(), epsilon) }
 }
 
-/// Turns the query and key heads in `qkv` by their positions; `frequencies` are of [`kernels::rope::frequency`].
+/// Turns the query and key heads in `qkv` by their positions.
 ///
 /// # Errors
 ///
@@ -334,12 +541,12 @@ pub fn rms_norm(
 pub fn rope(
     launcher: &dyn Launcher,
     qkv: View<f32>,
-    frequencies: View<u64>,
-    magnitude: f32,
+    rotation: Rotation,
     state: View<u32>,
     shape: AttentionShape,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
+    let Rotation { frequencies, magnitude } = rotation;
     assert_eq!(qkv.len(), n_tokens * shape.qkv_width(), "qkv length");
     assert_eq!(2 * frequencies.len(), shape.d_head, "frequencies");
     let n_head = (shape.n_head + shape.n_head_kv) as u32;
@@ -371,9 +578,13 @@ pub struct ExpertsWork<'a> {
     pub y: View<'a, f32>,
 }
 
-/// Words of the list of tiles for so many pairs of token and expert.
+/// Words of the list of tiles for so many pairs of token and expert: enough for [`experts`] and [`experts_rows`].
 pub fn expert_tiles_len(n_pairs: usize, n_expert: usize) -> usize {
-    (sort::n_tiles(n_pairs as u32, n_expert as u32) * sort::TILE_WORDS) as usize
+    tiles_len(n_pairs, n_expert, many::TILE_PAIRS.min(grouped_experts::TILE_PAIRS))
+}
+
+fn tiles_len(n_pairs: usize, n_expert: usize, tile_pairs: u32) -> usize {
+    (sort::n_tiles(n_pairs as u32, n_expert as u32, tile_pairs) * sort::TILE_WORDS) as usize
 }
 
 /// Chooses each token's experts: f32 logits of all, the largest `n_used`, their softmax.
@@ -453,42 +664,252 @@ pub fn experts(
             one::run_gate_up(first, launcher, h, gate.0, up.0, gate.1, up.1, x, ids, d, f)?;
             return one::run_down(second, launcher, out, down.0, down.1, h, ids, weights, f, d);
         }
-        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids)?;
+        let tiles = tiles.slice(0..tiles_len(n_pairs, work.n_expert, many::TILE_PAIRS));
+        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids, many::TILE_PAIRS)?;
         many::run_gate_up(first, launcher, h, gate.0, up.0, gate.1, up.1, x, pairs, tiles, e, n, d, f)?;
         many::run_down(second, launcher, y, down.0, down.1, h, pairs, tiles, e, f, d)?;
         many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
     }
 }
 
+/// Whether [`experts_rows`] takes experts of these formats and widths.
+pub fn experts_rows_take(first: WeightFormat, second: WeightFormat, d_model: usize, d_ff: usize) -> bool {
+    first == WeightFormat::Mxfp4 && second == first && d_model.max(d_ff) <= grouped_experts::MAX_IN as usize
+}
+
+/// What the experts of a layer are, and where the work of [`experts_rows`] goes.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub struct ExpertsRowsWork<'a> {
+    pub n_expert: usize,
+    pub n_used: usize,
+    pub d_model: usize,
+    pub d_ff: usize,
+    /// `[n_tokens, n_used]`, and so the next two: the choices of [`route`].
+    pub ids: View<'a, u32>,
+    pub weights: View<'a, f32>,
+    pub pairs: View<'a, u32>,
+    /// [`expert_tiles_len`].
+    pub tiles: View<'a, u32>,
+    /// `[n_tokens · n_used, d_ff]`.
+    pub h: View<'a, f16>,
+    /// `[n_tokens · n_used, d_model]`.
+    pub y: View<'a, f32>,
+}
+
+/// `out[t] += Σₛ weights[t, s] · down(swiglu(gate(r[t] x[t]), up(r[t] x[t])))` for activations in f16, r being `row_factor`
+/// or 1. For formats and widths that [`experts_rows_take`] names.
+///
+/// # Errors
+///
+/// Those of the launches.
+#[allow(clippy::too_many_arguments, reason = "what goes in and what comes out")]
+pub fn experts_rows(
+    launcher: &dyn Launcher,
+    work: &ExpertsRowsWork,
+    out: View<f32>,
+    x: View<f16>,
+    row_factor: Option<View<f32>>,
+    gate: ExpertsMatrix,
+    up: ExpertsMatrix,
+    down: ExpertsMatrix,
+) -> Result<(), LaunchError> {
+    let (n_pairs, n_tokens) = (work.ids.len(), x.len() / work.d_model);
+    assert_eq!((out.len(), x.len(), n_pairs), (x.len(), n_tokens * work.d_model, n_tokens * work.n_used), "lengths");
+    assert!(row_factor.is_none_or(|factor| factor.len() == n_tokens), "row factors");
+    assert_eq!((work.h.len(), work.y.len()), (n_pairs * work.d_ff, n_pairs * work.d_model), "work lengths");
+    let tiles_len = tiles_len(n_pairs, work.n_expert, grouped_experts::TILE_PAIRS);
+    assert_eq!((work.weights.len(), work.pairs.len()), (n_pairs, n_pairs), "lists");
+    assert!(work.tiles.len() >= tiles_len, "tiles");
+    assert!(
+        experts_rows_take(gate.format, down.format, work.d_model, work.d_ff) && up.format == gate.format,
+        "formats"
+    );
+    let check = |matrix: ExpertsMatrix, n_in: usize, n_out: usize| {
+        let bytes = work.n_expert * matrix.format.layout().planes(n_in, n_out).end;
+        assert_eq!((matrix.packed.len(), matrix.bias.len()), (bytes, work.n_expert * n_out), "expert lengths");
+    };
+    check(gate, work.d_model, work.d_ff);
+    check(up, work.d_model, work.d_ff);
+    check(down, work.d_ff, work.d_model);
+    let (gate, up, down) = (
+        (gate.packed.slice(), gate.bias.slice()),
+        (up.packed.slice(), up.bias.slice()),
+        (down.packed.slice(), down.bias.slice()),
+    );
+    let (d, f, e, n) = (work.d_model as u32, work.d_ff as u32, work.n_expert as u32, work.n_used as u32);
+    let (out, x, h, y) = (out.slice(), x.slice(), work.h.slice(), work.y.slice());
+    let (ids, weights, pairs) = (work.ids.slice(), work.weights.slice(), work.pairs.slice());
+    let (tiles, factor) = (work.tiles.slice().slice(0..tiles_len), optional(row_factor));
+    // SAFETY: as in `embed`.
+    unsafe {
+        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids, grouped_experts::TILE_PAIRS)?;
+        grouped_experts::run_gate_up(launcher, h, gate.0, up.0, gate.1, up.1, x, factor, pairs, tiles, n, d, f)?;
+        grouped_experts::run_down(launcher, y, down.0, down.1, h, pairs, tiles, f, d)?;
+        many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
+    }
+}
+
+/// The multiprocessors that one token's kernels are spread over: an H100's. Fewer take several blocks each; results do not
+/// depend on it.
+const MULTIPROCESSORS: u32 = 132;
+
+/// What ends a router whose logits [`linear_fused`] began.
+#[derive(Clone, Copy)]
+pub struct RouterFinish<'a> {
+    /// `[n_parts, n_expert + 1]`, of [`RouterParts`].
+    pub parts: View<'a, f32>,
+    /// The scale of the RMS norm before router and experts, `[d_model]`.
+    pub gamma: View<'a, f32>,
+    /// `[n_expert]`.
+    pub bias: Option<View<'a, f32>>,
+    /// Of the norm.
+    pub epsilon: f32,
+}
+
+/// One token's experts, and where their work goes.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the kernels' parameters")]
+pub struct TokenExperts<'a> {
+    pub n_expert: usize,
+    pub d_model: usize,
+    pub d_ff: usize,
+    /// `[n_used]`, and so the next.
+    pub ids: View<'a, u32>,
+    pub weights: View<'a, f32>,
+    /// `[n_used, d_ff / 2]`, of two f16 each.
+    pub h: View<'a, u32>,
+}
+
+/// Whether [`experts_token`] can run a layer of these sizes.
+pub fn experts_token_fits(n_expert: usize, n_used: usize, d_model: usize, d_ff: usize) -> bool {
+    token_experts::fits(n_expert as u32, n_used as u32, d_model as u32, d_ff as u32)
+}
+
+/// Chooses one token's experts and adds what they make of its norm to `x`, in two launches. All matrices are MXFP4.
+///
+/// # Errors
+///
+/// Those of the launches.
+///
+/// # Panics
+///
+/// If lengths do not fit, a matrix is of another type, or the sizes do not fit ([`experts_token_fits`]).
+pub fn experts_token(
+    launcher: &dyn Launcher,
+    token: &TokenExperts,
+    x: View<f32>,
+    router: RouterFinish,
+    gate: ExpertsMatrix,
+    up: ExpertsMatrix,
+    down: ExpertsMatrix,
+) -> Result<(), LaunchError> {
+    let &TokenExperts { n_expert, d_model, d_ff, .. } = token;
+    let n_used = token.ids.len();
+    assert!(experts_token_fits(n_expert, n_used, d_model, d_ff), "sizes");
+    assert_eq!((x.len(), router.gamma.len()), (d_model, d_model), "lengths");
+    assert_eq!((token.weights.len(), token.h.len()), (n_used, n_used * d_ff / 2), "work lengths");
+    assert!(router.bias.is_none_or(|bias| bias.len() == n_expert), "router bias length");
+    let n_parts = router.parts.len() / (n_expert + 1);
+    assert_eq!(router.parts.len(), n_parts * (n_expert + 1), "parts length");
+    let check = |matrix: ExpertsMatrix, n_in: usize, n_out: usize| {
+        assert_eq!(matrix.format, WeightFormat::Mxfp4, "type");
+        let bytes = n_expert * matrix.format.layout().planes(n_in, n_out).end;
+        assert_eq!((matrix.packed.len(), matrix.bias.len()), (bytes, n_expert * n_out), "expert lengths");
+    };
+    check(gate, d_model, d_ff);
+    check(up, d_model, d_ff);
+    check(down, d_ff, d_model);
+    let (h, ids, weights) = (token.h.slice(), token.ids.slice(), token.weights.slice());
+    let (x, gamma, parts, bias) = (x.slice(), router.gamma.slice(), router.parts.slice(), optional(router.bias));
+    let (d, f, p, epsilon) = (d_model as u32, d_ff as u32, n_parts as u32, router.epsilon);
+    let (gate, gate_bias) = (gate.packed.slice(), gate.bias.slice());
+    let (up, up_bias) = (up.packed.slice(), up.bias.slice());
+    let (down, down_bias) = (down.packed.slice(), down.bias.slice());
+    // SAFETY: as in `embed`; `gamma` and the router's bias are weights.
+    unsafe {
+        token_experts::run_gate_up(
+            launcher,
+            MULTIPROCESSORS,
+            h,
+            ids,
+            weights,
+            gate,
+            up,
+            gate_bias,
+            up_bias,
+            x,
+            gamma,
+            parts,
+            bias,
+            epsilon,
+            d,
+            f,
+            p,
+        )?;
+        token_experts::run_down(launcher, MULTIPROCESSORS, x, down, down_bias, h, ids, weights, f, d)
+    }
+}
+
+/// Candidates that [`likeliest`] gives for so many logits.
+pub fn n_likeliest(n_vocab: usize) -> usize {
+    (candidates::n_parts(n_vocab as u32) * candidates::KEPT) as usize
+}
+
+/// How many candidates [`likeliest`] gives of each part.
+pub const LIKELIEST_PER_PART: usize = candidates::KEPT as usize;
+
+/// The 64 largest of each part of the logits, and their ids.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn likeliest(
+    launcher: &dyn Launcher,
+    values: View<f32>,
+    ids: View<u32>,
+    logits: View<f32>,
+) -> Result<(), LaunchError> {
+    let n = n_likeliest(logits.len());
+    assert_eq!((values.len(), ids.len()), (n, n), "candidates");
+    let launch = candidates::launch(logits.len() as u32);
+    // SAFETY: as in `embed`.
+    unsafe { candidates::likeliest::run(launcher, launch, values.slice(), ids.slice(), logits.slice()) }
+}
+
 /// Candidates that [`argmax`] needs room for.
 pub const ARGMAX_PARTS: usize = argmax_kernel::PARTS as usize;
+
+/// Where [`argmax`] works.
+#[derive(Clone, Copy)]
+pub struct ArgmaxWork<'a> {
+    /// `[ARGMAX_PARTS]`.
+    pub best_logits: View<'a, f32>,
+    /// `[ARGMAX_PARTS]`.
+    pub best_ids: View<'a, u32>,
+    /// `[1]`, set to 0 before the first launch; every launch leaves it so.
+    pub arrived: View<'a, u32>,
+}
 
 /// The id of the largest logit into `token[0]`, and `state[0] += n_tokens`.
 ///
 /// # Errors
 ///
-/// Those of the launches.
+/// Those of the launch.
 pub fn argmax(
     launcher: &dyn Launcher,
     token: View<u32>,
     state: View<u32>,
     logits: View<f32>,
-    best: (View<f32>, View<u32>),
+    work: ArgmaxWork,
     n_tokens: usize,
 ) -> Result<(), LaunchError> {
     assert!(!token.is_empty() && !state.is_empty(), "lengths");
-    assert_eq!((best.0.len(), best.1.len()), (ARGMAX_PARTS, ARGMAX_PARTS), "candidates");
-    let (best_logits, best_ids) = (best.0.slice(), best.1.slice());
-    let (token, state, launch) = (token.slice(), state.slice(), argmax_kernel::launch());
+    assert_eq!((work.best_logits.len(), work.best_ids.len()), (ARGMAX_PARTS, ARGMAX_PARTS), "candidates");
+    assert!(!work.arrived.is_empty(), "counter");
+    let launch = argmax_kernel::launch(logits.len() as u32);
+    let (best_logits, best_ids, arrived) = (work.best_logits.slice(), work.best_ids.slice(), work.arrived.slice());
+    let (token, state, logits, n) = (token.slice(), state.slice(), logits.slice(), n_tokens as u32);
     // SAFETY: as in `embed`.
-    unsafe {
-        argmax_kernel::argmax_parts::run(
-            launcher,
-            argmax_kernel::launch_parts(),
-            best_logits,
-            best_ids,
-            logits.slice(),
-        )?;
-        argmax_kernel::argmax::run(launcher, launch, token, state, best_logits, best_ids, n_tokens as u32)
-    }
+    unsafe { argmax_kernel::argmax::run(launcher, launch, token, state, best_logits, best_ids, arrived, logits, n) }
 }

@@ -1,93 +1,118 @@
-//! Copies much from host to device: one half of the staging memory is filled while the other is copied.
+//! Copies much from host to device: every core fills staging memory of its own while earlier parts of it are copied.
 
+use std::num::NonZero;
 use std::ops::{DerefMut, Range};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread;
 
-use rayon::prelude::*;
-
-use super::{Buffer, Error, SharedDevice};
+use super::{Device, Error, Fence, View};
 
 /// Host memory that a device copies from at full speed; page-locked where that makes a difference.
 pub trait Staging: DerefMut<Target = [u8]> + Send + Sync {}
 impl<T: DerefMut<Target = [u8]> + Send + Sync> Staging for T {}
 
-/// A part of staging memory and where it goes in a buffer, both in bytes.
-pub struct Segment {
-    /// Of the part that was filled.
+/// A part of staging memory, in bytes, and where it goes.
+pub struct Segment<'a> {
+    /// Of the staging memory that was filled.
     pub from: Range<usize>,
-    /// Of the buffer.
-    pub to: usize,
+    /// As long as `from`.
+    pub to: View<'a, u8>,
 }
 
-/// Fills parts of staging memory on all cores and copies them to the device, both at once.
-pub struct Uploader {
-    device: SharedDevice,
-    halves: [Vec<Box<dyn Staging>>; 2],
-    /// Which half is to be filled next; the other may still be copied.
-    next: usize,
-}
+/// Staging memory of one core: it fills one part while the other is copied.
+const PARTS_PER_CORE: usize = 2;
 
-impl Uploader {
-    /// With `2 · n_parts` parts of `part_bytes` bytes.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Driver`] if the driver cannot lock so much memory.
-    pub fn new(device: &SharedDevice, n_parts: usize, part_bytes: usize) -> Result<Self, Error> {
-        let half = || (0..n_parts).map(|_| device.staging(part_bytes)).collect::<Result<Vec<_>, _>>();
-        Ok(Self { device: SharedDevice::clone(device), halves: [half()?, half()?], next: 0 })
-    }
-
-    /// Most parts of a batch.
-    pub fn n_parts(&self) -> usize {
-        self.halves[0].len()
-    }
-
-    /// Lets `fill` fill parts `0..n_parts`, each on some core, and starts copying what it names to `into`. Returns the bytes
-    /// named. They have arrived once [`finish`](Self::finish) returns.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Device::copy_to_device`](super::Device::copy_to_device).
-    ///
-    /// # Panics
-    ///
-    /// If there are fewer parts, or a segment reaches past its part or the buffer: the caller's bug.
-    pub fn batch(
-        &mut self,
-        into: &Buffer<u8>,
-        n_parts: usize,
-        fill: impl Fn(usize, &mut [u8]) -> Vec<Segment> + Sync,
-    ) -> Result<u64, Error> {
-        let half = &mut self.halves[self.next][..n_parts];
-        let filled: Vec<Vec<Segment>> = half.par_iter_mut().enumerate().map(|(i, part)| fill(i, part)).collect();
-        // Copies of the other half have had all this time; once they are done it may be filled again.
-        self.device.synchronize()?;
-        let mut bytes = 0;
-        for (segments, part) in filled.iter().zip(&*half) {
-            for Segment { from, to } in segments {
-                let target = into.slice().slice(*to..*to + from.len());
-                // SAFETY: the part is not touched before the next synchronization, above or in `finish` or on drop.
-                unsafe { self.device.copy_to_device_async(target.address(), &part[from.clone()])? };
-                bytes += from.len() as u64;
-            }
+/// Lets `fill` fill staging memory of `part_bytes` bytes for each job of `0..n_jobs`, on all cores and in no order, and copies
+/// what it names to the device. All of it has arrived on return. `copied` hears of bytes queued, on the calling thread.
+///
+/// # Errors
+///
+/// - [`Error::Driver`] if the driver cannot lock so much memory, or a copy fails.
+/// - Those of `fill`: no job begins after the first.
+///
+/// # Panics
+///
+/// If a segment reaches past the part or is not as long as where it goes: the caller's bug.
+pub fn upload<'a, E: From<Error> + Send>(
+    device: &dyn Device,
+    n_jobs: usize,
+    part_bytes: usize,
+    fill: impl Fn(usize, &mut [u8]) -> Result<Vec<Segment<'a>>, E> + Sync,
+    copied: &mut dyn FnMut(u64),
+) -> Result<(), E> {
+    let next = AtomicUsize::new(0);
+    let n_cores = thread::available_parallelism().map_or(1, NonZero::get).min(n_jobs);
+    let (sender, progress) = channel();
+    let work = |progress| {
+        let result = work(device, &next, n_jobs, part_bytes, &fill, progress);
+        if result.is_err() {
+            next.store(n_jobs, Ordering::Relaxed);
         }
-        self.next = 1 - self.next;
-        Ok(bytes)
-    }
+        result
+    };
+    let work = &work;
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..n_cores)
+            .map(|_| {
+                let sender = sender.clone();
+                scope.spawn(move || work(sender))
+            })
+            .collect();
+        // Ends when the last worker drops its sender.
+        drop(sender);
+        progress.iter().for_each(&mut *copied);
+        workers.into_iter().try_for_each(|worker| worker.join().expect("a worker panics where its caller would have"))
+    })
+}
 
-    /// Waits for all copies.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Driver`] if one failed.
-    pub fn finish(&mut self) -> Result<(), Error> {
-        self.device.synchronize()
+/// What one core does.
+fn work<'a, E: From<Error>>(
+    device: &dyn Device,
+    next: &AtomicUsize,
+    n_jobs: usize,
+    part_bytes: usize,
+    fill: &(impl Fn(usize, &mut [u8]) -> Result<Vec<Segment<'a>>, E> + Sync),
+    progress: Sender<u64>,
+) -> Result<(), E> {
+    let mut parts = Vec::with_capacity(PARTS_PER_CORE);
+    for _ in 0..PARTS_PER_CORE {
+        parts.push(device.staging(part_bytes)?);
+    }
+    // Dropped before the parts, however this ends.
+    let _guard = Synchronized(device);
+    let mut fences = [const { None::<Box<dyn Fence>> }; PARTS_PER_CORE];
+    let mut turn = 0;
+    loop {
+        let job = next.fetch_add(1, Ordering::Relaxed);
+        if job >= n_jobs {
+            return fences.iter().flatten().try_for_each(|fence| Ok(fence.wait()?));
+        }
+        if let Some(fence) = fences[turn].take() {
+            fence.wait()?;
+        }
+        let part = &mut parts[turn];
+        let segments = fill(job, part)?;
+        let mut bytes = 0;
+        for Segment { from, to } in segments {
+            assert_eq!(from.len(), to.len(), "a segment and where it goes");
+            // SAFETY: the part is not touched before the fence below, or the guard, has been waited for.
+            unsafe { device.copy_to_device_async(to.slice().address(), &part[from.clone()])? };
+            bytes += from.len() as u64;
+        }
+        fences[turn] = Some(device.fence()?);
+        turn = (turn + 1) % PARTS_PER_CORE;
+        // The receiver outlives the workers.
+        let _ = progress.send(bytes);
     }
 }
 
-impl Drop for Uploader {
+/// Waits for all copies on drop.
+struct Synchronized<'a>(&'a dyn Device);
+
+impl Drop for Synchronized<'_> {
     fn drop(&mut self) {
-        // Staging memory is freed next. A failure was or will be reported by another call.
-        let _ = self.device.synchronize();
+        // A failure was or will be reported by another call.
+        let _ = self.0.synchronize();
     }
 }

@@ -1,13 +1,16 @@
 //! The forward pass, and the state it moves: KV cache, position, the token to come.
 
+mod token;
+
 use cuda_std::{LaunchError, Launcher, f16};
 
-use super::load::{DeviceWeights, Experts};
-use super::plan::{WorkspaceSizes, cache_len, rope};
-use super::{Error, Gelu, KvType, Options};
-use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, QkvSpec};
-use crate::device::ops::{self, AttentionShape, Cache, Epilogue, ExpertsMatrix, ExpertsWork};
-use crate::device::{self, Buffer, Graph, SharedDevice, View};
+use super::load::{DeviceWeights, Experts, Matrix};
+use super::plan::{WorkspaceSizes, attention_shape, cache_len, rope};
+use super::{Error, Gelu, KvType, LoadTimes, Options, ring};
+use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec};
+use crate::device::ops::{self, AttentionOut, Cache, Epilogue, ExpertsMatrix, ExpertsWork, Rotation};
+use crate::device::{self, Arena, Buffer, Device, Graph, SharedDevice, View};
+use crate::sampler::Likeliest;
 
 /// A loaded model with one sequence of tokens.
 pub struct Engine {
@@ -16,15 +19,18 @@ pub struct Engine {
     model: Model,
     /// Tokens in the KV cache.
     n_past: usize,
+    /// The most that were in it since the last reset.
+    n_written: usize,
     /// What `state[0]` holds on the device, if known.
     device_position: Option<usize>,
     /// What `tokens[0]` holds on the device, if known to the host.
     device_token: Option<u32>,
     has_logits: bool,
+    load_times: LoadTimes,
 }
 
 /// What a forward pass reads and writes.
-struct Model {
+pub(super) struct Model {
     device: SharedDevice,
     spec: ModelSpec,
     options: Options,
@@ -61,9 +67,18 @@ struct Workspace {
     inner: Buffer<f32>,
     logits: Buffer<f32>,
     partial: Buffer<f32>,
+    /// Zero between launches.
+    counters: Buffer<u32>,
     /// Candidates of argmax.
     best_logits: Buffer<f32>,
     best_ids: Buffer<u32>,
+    arrived: Buffer<u32>,
+    likeliest_logits: Buffer<f32>,
+    likeliest_ids: Buffer<u32>,
+    /// What each part of one token's residual stream adds to the router's logits.
+    parts: Buffer<f32>,
+    /// Activations inside one token's experts, two f16 a word.
+    token_h: Buffer<u32>,
     /// For mixtures of experts, as `WorkspaceSizes` says.
     router_logits: Buffer<f32>,
     expert_ids: Buffer<u32>,
@@ -74,68 +89,97 @@ struct Workspace {
     frequencies: Buffer<u64>,
 }
 
-fn attention_shape(spec: &ModelSpec, layer: Option<&LayerSpec>, n_ctx: usize) -> AttentionShape {
-    AttentionShape {
-        n_head: spec.n_head,
-        n_head_kv: spec.n_head_kv,
-        d_head: spec.d_head,
-        n_ctx,
-        scale: layer.map_or(0.0, |layer| layer.attention.scale),
-        window: layer.and_then(|layer| layer.attention.window),
-    }
-}
-
-/// Elements of the buffer for attention's partial results.
-pub(super) fn partial_len(spec: &ModelSpec, n_ctx: usize) -> usize {
-    ops::attention_partial_len(attention_shape(spec, None, n_ctx))
-}
-
 pub(super) fn new(
     device: SharedDevice,
     spec: ModelSpec,
     options: Options,
     weights: DeviceWeights,
+    arena: &mut Arena,
 ) -> Result<Engine, Error> {
-    let len = cache_len(&spec, &options);
-    let cache = || -> Result<LayerCache, device::Error> {
-        Ok(match options.kv {
-            KvType::F16 => LayerCache::F16(Buffer::new(&device, len)?, Buffer::new(&device, len)?),
-            KvType::F32 => LayerCache::F32(Buffer::new(&device, len)?, Buffer::new(&device, len)?),
-        })
+    let mut cache = |layer| {
+        let len = cache_len(attention_shape(&spec, &options, layer));
+        match options.kv {
+            KvType::F16 => LayerCache::F16(arena.buffer(len), arena.buffer(len)),
+            KvType::F32 => LayerCache::F32(arena.buffer(len), arena.buffer(len)),
+        }
     };
-    let caches = (0..spec.n_layer).map(|_| cache()).collect::<Result<Vec<_>, _>>()?;
+    let caches = spec.layers.iter().map(&mut cache).collect();
     let sizes = WorkspaceSizes::new(&spec, &options);
     let positions = rope(&spec).map(|rope| rope.inverse_frequencies(options.yarn_truncate));
     let (radians, magnitude) = positions.unwrap_or_default();
     let frequencies: Vec<u64> = radians.into_iter().map(kernels::rope::frequency).collect();
     let work = Workspace {
-        tokens: Buffer::new(&device, sizes.tokens)?,
-        state: Buffer::new(&device, 1)?,
-        x: Buffer::new(&device, sizes.x)?,
-        normed: Buffer::new(&device, sizes.normed)?,
-        qkv: Buffer::new(&device, sizes.qkv)?,
-        attended: Buffer::new(&device, sizes.attended)?,
-        inner: Buffer::new(&device, sizes.inner)?,
-        logits: Buffer::new(&device, sizes.logits)?,
-        partial: Buffer::new(&device, sizes.partial)?,
-        best_logits: Buffer::new(&device, ops::ARGMAX_PARTS)?,
-        best_ids: Buffer::new(&device, ops::ARGMAX_PARTS)?,
-        router_logits: Buffer::new(&device, sizes.router_logits)?,
-        expert_ids: Buffer::new(&device, sizes.pairs)?,
-        expert_weights: Buffer::new(&device, sizes.pairs)?,
-        pairs: Buffer::new(&device, sizes.pairs)?,
-        tiles: Buffer::new(&device, sizes.tiles)?,
-        expert_out: Buffer::new(&device, sizes.expert_out)?,
-        frequencies: Buffer::from_slice(&device, &frequencies)?,
+        tokens: arena.buffer(sizes.tokens),
+        state: arena.buffer(1),
+        x: arena.buffer(sizes.x),
+        normed: arena.buffer(sizes.normed),
+        qkv: arena.buffer(sizes.qkv),
+        attended: arena.buffer(sizes.attended),
+        inner: arena.buffer(sizes.inner),
+        logits: arena.buffer(sizes.logits),
+        partial: arena.buffer(sizes.partial),
+        counters: arena.buffer(sizes.counters),
+        parts: arena.buffer(sizes.parts),
+        token_h: arena.buffer(sizes.token_h),
+        best_logits: arena.buffer(ops::ARGMAX_PARTS),
+        best_ids: arena.buffer(ops::ARGMAX_PARTS),
+        arrived: arena.buffer(1),
+        likeliest_logits: arena.buffer(sizes.likeliest),
+        likeliest_ids: arena.buffer(sizes.likeliest),
+        router_logits: arena.buffer(sizes.router_logits),
+        expert_ids: arena.buffer(sizes.pairs),
+        expert_weights: arena.buffer(sizes.pairs),
+        pairs: arena.buffer(sizes.pairs),
+        tiles: arena.buffer(sizes.tiles),
+        expert_out: arena.buffer(sizes.expert_out),
+        frequencies: arena.buffer(frequencies.len()),
     };
+    work.counters.write(0, &vec![0; sizes.counters])?;
+    work.arrived.write(0, &[0])?;
+    if !frequencies.is_empty() {
+        work.frequencies.write(0, &frequencies)?;
+    }
     let model = Model { device, spec, options, weights, caches, work, rope_magnitude: magnitude as f32 };
-    Ok(Engine { decode_graph: None, model, n_past: 0, device_position: None, device_token: None, has_logits: false })
+    Ok(Engine {
+        decode_graph: None,
+        model,
+        n_past: 0,
+        n_written: 0,
+        device_position: None,
+        device_token: None,
+        has_logits: false,
+        load_times: LoadTimes::default(),
+    })
 }
 
 impl Model {
+    pub fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+
+    pub fn weights(&self) -> &DeviceWeights {
+        &self.weights
+    }
+
+    /// Has the device make all kernels ready that steps launch.
+    pub fn preload(&self) -> Result<(), device::Error> {
+        let rows = self.work.tokens.len();
+        self.device.preload(&mut |launcher| {
+            // One token, two, and many each have their kernels.
+            for n_tokens in [1, 2.min(rows), rows] {
+                self.layers(launcher, n_tokens)?;
+            }
+            self.head(launcher, self.work.logits.view(), 0, 1)?;
+            self.choose(launcher, 1)
+        })
+    }
+
     /// `n_tokens` tokens from `work.tokens` through all layers; leaves the residual stream in `work.x` and their keys
     /// and values in the cache.
     fn layers(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
+        if n_tokens == 1 {
+            return self.token_layers(launcher);
+        }
         let (spec, work, weights) = (&self.spec, &self.work, &self.weights);
         let (d, q_width) = (spec.d_model, spec.n_head * spec.d_head);
         let qkv_width = q_width + 2 * spec.n_head_kv * spec.d_head;
@@ -151,15 +195,17 @@ impl Model {
 
         for (layer, cache) in spec.layers.iter().zip(&self.caches) {
             self.norm(launcher, normed, x, &layer.attention_norm)?;
-            self.qkv(launcher, qkv, normed, &layer.qkv)?;
-            let shape = attention_shape(spec, Some(layer), self.options.n_ctx);
-            if layer.attention.rope.is_some() {
-                let (frequencies, magnitude) = (work.frequencies.view(), self.rope_magnitude);
-                ops::rope(launcher, qkv, frequencies, magnitude, state, shape, n_tokens)?;
+            self.qkv(launcher, qkv, normed, layer)?;
+            let shape = attention_shape(spec, &self.options, layer);
+            let (frequencies, magnitude) = (work.frequencies.view(), self.rope_magnitude);
+            let rotation = layer.attention.rope.is_some().then_some(Rotation { frequencies, magnitude });
+            let sinks = layer.attention.sinks.map(|id| weights.vector(id).view());
+            if let Some(rotation) = rotation {
+                ops::rope(launcher, qkv, rotation, state, shape, n_tokens)?;
             }
             ops::kv_append(launcher, cache.view(), qkv, state, shape, n_tokens)?;
-            let (sinks, partial) = (layer.attention.sinks.map(|id| weights.vector(id).view()), work.partial.view());
-            ops::attention(launcher, attended, qkv, cache.view(), state, sinks, partial, shape, n_tokens)?;
+            let out = AttentionOut::F32(attended);
+            ops::attention(launcher, out, qkv, cache.view(), state, sinks, shape, n_tokens)?;
             self.linear(launcher, x, attended, &layer.attention_output, Epilogue::Add)?;
 
             self.norm(launcher, normed, x, &layer.ffn_norm)?;
@@ -170,6 +216,9 @@ impl Model {
 
     /// Logits of rows `first..first + n_rows` of the last forward pass.
     fn head(&self, launcher: &dyn Launcher, logits: View<f32>, first: usize, n_rows: usize) -> Result<(), LaunchError> {
+        if n_rows == 1 {
+            return self.token_head(launcher, logits, first);
+        }
         let d = self.spec.d_model;
         let x = self.work.x.view().part(first * d..(first + n_rows) * d);
         let normed = self.work.normed.view().part(0..n_rows * d);
@@ -180,8 +229,10 @@ impl Model {
     /// The likeliest token into `work.tokens[0]`, and the position moved on.
     fn choose(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
         let (token, state) = (self.work.tokens.view().part(0..1), self.work.state.view());
-        let best = (self.work.best_logits.view(), self.work.best_ids.view());
-        ops::argmax(launcher, token, state, self.work.logits.view(), best, n_tokens)
+        let Workspace { best_logits, best_ids, arrived, logits, .. } = &self.work;
+        let work =
+            ops::ArgmaxWork { best_logits: best_logits.view(), best_ids: best_ids.view(), arrived: arrived.view() };
+        ops::argmax(launcher, token, state, logits.view(), work, n_tokens)
     }
 
     fn norm(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, norm: &NormSpec) -> Result<(), LaunchError> {
@@ -195,9 +246,28 @@ impl Model {
     }
 
     /// Queries, keys and values of all heads: one product, whether the file has one tensor or three.
-    fn qkv(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, qkv: &QkvSpec) -> Result<(), LaunchError> {
-        let first = qkv.linears().next().expect("a fused tensor, or three");
-        self.linear(launcher, out, x, first, Epilogue::Store)
+    fn qkv(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, layer: &LayerSpec) -> Result<(), LaunchError> {
+        let Matrix { format, packed, n_in, n_out } = self.qkv_matrices(layer).next().expect("a fused tensor, or three");
+        let bias = self.qkv_bias(layer);
+        ops::linear(launcher, out, *format, packed.view(), x, bias, *n_in, *n_out, Epilogue::Store)
+    }
+
+    /// Queries, keys and values: one matrix, or one each if the file's tensors differ in type.
+    fn qkv_matrices(&self, layer: &LayerSpec) -> impl Iterator<Item = &Matrix> {
+        layer.qkv.linears().filter_map(|part| self.weights.find_matrix(part.weight))
+    }
+
+    /// The biases of queries, keys and values, one after the other.
+    fn qkv_bias(&self, layer: &LayerSpec) -> Option<View<'_, f32>> {
+        let first = layer.qkv.linears().find_map(|part| part.bias)?;
+        Some(self.weights.vector(first).view())
+    }
+
+    fn gelu(&self) -> Epilogue {
+        match self.options.gelu {
+            Gelu::Exact => Epilogue::GeluErf,
+            Gelu::Tanh => Epilogue::GeluTanh,
+        }
     }
 
     /// The feed-forward network on the rows of `normed`, added to those of `x`.
@@ -206,12 +276,8 @@ impl Model {
         let n_tokens = x.len() / d_model;
         match ffn {
             FfnSpec::Gelu { up, down } => {
-                let gelu = match self.options.gelu {
-                    Gelu::Exact => Epilogue::GeluErf,
-                    Gelu::Tanh => Epilogue::GeluTanh,
-                };
                 let inner = work.inner.view().part(0..n_tokens * d_ff);
-                self.linear(launcher, inner, normed, up, gelu)?;
+                self.linear(launcher, inner, normed, up, self.gelu())?;
                 self.linear(launcher, x, inner, down, Epilogue::Add)
             }
             FfnSpec::MixtureOfExperts { router, n_expert, n_used, gate, up, down, activation: _ } => {
@@ -255,6 +321,19 @@ impl Model {
 }
 
 impl Engine {
+    pub(super) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    pub(super) fn set_load_times(&mut self, times: LoadTimes) {
+        self.load_times = times;
+    }
+
+    /// How long loading took.
+    pub fn load_times(&self) -> LoadTimes {
+        self.load_times
+    }
+
     /// What it runs.
     pub fn spec(&self) -> &ModelSpec {
         &self.model.spec
@@ -272,7 +351,38 @@ impl Engine {
 
     /// Forgets the sequence.
     pub fn reset(&mut self) {
-        (self.n_past, self.has_logits) = (0, false);
+        (self.n_past, self.n_written, self.has_logits) = (0, 0, false);
+    }
+
+    /// Keeps the first `n` tokens of the sequence and forgets the rest. There are no logits then until more tokens follow,
+    /// unless nothing was forgotten.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Rewind`] if there are fewer tokens, or the cache no longer holds what the `n`th one attends to. The sequence
+    /// is unchanged then; [`reset`](Self::reset) always works.
+    pub fn rewind(&mut self, n: usize) -> Result<(), Error> {
+        let (oldest, n_past) = (self.oldest_rewind(), self.n_past);
+        if n > n_past || n < oldest && n > 0 {
+            return Err(Error::Rewind { to: n, oldest, n_past });
+        }
+        // Keys and values behind the first `n` stay where they are: no token sees them before they are overwritten.
+        (self.n_past, self.has_logits) = (n, self.has_logits && n == n_past);
+        Ok(())
+    }
+
+    /// The fewest tokens that [`rewind`](Self::rewind) can keep, besides none: those from which on every layer's cache holds
+    /// what is seen.
+    fn oldest_rewind(&self) -> usize {
+        let (spec, options) = (&self.model.spec, &self.model.options);
+        let kept = |to: &usize| {
+            spec.layers.iter().all(|layer| {
+                let shape = attention_shape(spec, options, layer);
+                ring::can_rewind(self.n_written, *to, shape.window, shape.n_slots)
+            })
+        };
+        // What a ring has lost is all before what it still holds.
+        (1..=self.n_past).find(kept).unwrap_or(self.n_past)
     }
 
     /// Continues the sequence with `tokens`, in chunks of at most `n_batch`; logits are then those after the last.
@@ -301,6 +411,7 @@ impl Engine {
             progress(done);
         }
         self.n_past += tokens.len();
+        self.n_written = self.n_written.max(self.n_past);
         (self.device_position, self.device_token, self.has_logits) = (Some(self.n_past), None, true);
         Ok(())
     }
@@ -333,6 +444,7 @@ impl Engine {
         model.head(&*model.device, model.work.logits.view(), last, 1).map_err(device::Error::Launch)?;
         model.choose(&*model.device, last + 1).map_err(device::Error::Launch)?;
         self.n_past += tokens.len();
+        self.n_written = self.n_written.max(self.n_past);
         (self.device_position, self.device_token, self.has_logits) = (Some(self.n_past), None, true);
         Ok(())
     }
@@ -366,6 +478,7 @@ impl Engine {
         }
         self.decode_graph.as_ref().expect("recorded above").replay()?;
         self.n_past += 1;
+        self.n_written = self.n_written.max(self.n_past);
         (self.device_position, self.has_logits) = (Some(self.n_past), true);
         Ok(())
     }
@@ -381,6 +494,24 @@ impl Engine {
             return Err(Error::NoLogits);
         }
         Ok(self.model.work.logits.to_vec()?)
+    }
+
+    /// The likeliest next tokens, of each part of the vocabulary: what [`Sampler::sample_likeliest`] takes, a hundredth of
+    /// all logits.
+    ///
+    /// # Errors
+    ///
+    /// As [`logits`](Self::logits).
+    ///
+    /// [`Sampler::sample_likeliest`]: crate::sampler::Sampler::sample_likeliest
+    pub fn likeliest(&self) -> Result<Likeliest, Error> {
+        if !self.has_logits {
+            return Err(Error::NoLogits);
+        }
+        let (work, device) = (&self.model.work, &*self.model.device);
+        let (values, ids) = (&work.likeliest_logits, &work.likeliest_ids);
+        ops::likeliest(device, values.view(), ids.view(), work.logits.view()).map_err(device::Error::Launch)?;
+        Ok(Likeliest { per_part: ops::LIKELIEST_PER_PART, ids: ids.to_vec()?, logits: values.to_vec()? })
     }
 
     /// The likeliest next token, the lowest id among equals; chosen on the device.

@@ -1,17 +1,18 @@
 //! Brings a model's tensors to the device: matrices repacked for the kernels, vectors decoded to f32.
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::Error;
-use super::plan::{MemoryPlan, Stack, matrices, packing, vectors};
+use super::plan::{Stack, matrices, packing, vectors};
 use kernels::format::WeightFormat;
-use rayon::prelude::*;
 
 use crate::adapter::{ModelSpec, TensorId};
-use crate::device::{Buffer, Segment, SharedDevice, Uploader};
-use crate::gguf;
+use crate::device::{Arena, Buffer, Device, Segment, View, upload};
+use crate::gguf::{self, TensorType};
 use crate::model_file::ModelFile;
-use crate::weights::Packing;
+use crate::weights::{self, Packing};
 
 /// Bytes of weights, about, that a core repacks at a time: weights are streamed, never copied whole.
 const PART_BYTES: usize = 2 << 20;
@@ -42,6 +43,11 @@ impl DeviceWeights {
         self.matrices.get(&id).expect("the plan listed every matrix of the spec")
     }
 
+    /// The matrix whose first tensor this is, if it is any's first.
+    pub fn find_matrix(&self, id: TensorId) -> Option<&Matrix> {
+        self.matrices.get(&id)
+    }
+
     pub fn experts(&self, id: TensorId) -> &Experts {
         self.experts.get(&id).expect("the plan listed all experts of the spec")
     }
@@ -51,112 +57,152 @@ impl DeviceWeights {
     }
 }
 
-pub(super) fn load(
-    device: &SharedDevice,
-    file: &ModelFile,
-    spec: &ModelSpec,
-    plan: &MemoryPlan,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<DeviceWeights, Error> {
-    let (mut done, total) = (0, plan.weight_bytes());
-    // Planes pad to 128 bytes, so a part takes a little more than its rows; a row may be longer than a part.
-    let packings = matrices(spec).into_iter().map(|stack| (stack.parts[0], stack.n_in, stack.n_out));
-    let packings =
-        packings.chain(super::experts(spec).map(|(experts, _)| (experts.weight, experts.n_in, experts.n_out)));
-    let mut part_bytes = 0;
-    for (id, n_in, n_out) in packings {
-        let packing = packing(&file.tensors()[id.0], n_in, n_out)?;
-        let rows = rows_of_part(&packing, n_out);
-        part_bytes = part_bytes.max(packing.rows_bytes(0..rows)).max(packing.rows_bytes(n_out - rows..n_out));
-    }
-    let mut uploader = Uploader::new(device, rayon::current_num_threads(), part_bytes)?;
-    let mut loaded = DeviceWeights { matrices: HashMap::new(), experts: HashMap::new(), vectors: HashMap::new() };
+/// Room for every tensor of the plan; contents are undefined.
+pub(super) fn allocate(arena: &mut Arena, file: &ModelFile, spec: &ModelSpec) -> Result<DeviceWeights, Error> {
+    let mut weights = DeviceWeights { matrices: HashMap::new(), experts: HashMap::new(), vectors: HashMap::new() };
     for Stack { parts, n_in, n_out } in matrices(spec) {
         let packing = packing(&file.tensors()[parts[0].0], n_in, n_out)?;
-        let packed = Buffer::new(device, packing.n_bytes())?;
-        let mut first_row = 0;
-        for part in &parts {
-            let source = Source { tensor: &file.tensors()[part.0].name, first_row: 0, rows: file.tensor_data(part.0) };
-            upload(&packing, &source, first_row, &packed, 0, &mut uploader, &mut |bytes| {
-                done += bytes;
-                progress(done, total);
-            })?;
-            first_row += source.rows.len() / packing.row_bytes();
-        }
-        loaded.matrices.insert(parts[0], Matrix { format: packing.format(), packed, n_in, n_out });
+        let packed = arena.buffer(packing.n_bytes());
+        weights.matrices.insert(parts[0], Matrix { format: packing.format(), packed, n_in, n_out });
     }
     for (experts, n_expert) in super::experts(spec) {
-        let tensor = &file.tensors()[experts.weight.0];
-        let packing = packing(tensor, experts.n_in, experts.n_out)?;
-        let packed = Buffer::new(device, n_expert * packing.n_bytes())?;
-        let data = file.tensor_data(experts.weight.0);
-        for (expert, rows) in data.chunks_exact(data.len() / n_expert).enumerate() {
-            let source = Source { tensor: &tensor.name, first_row: expert * experts.n_out, rows };
-            upload(&packing, &source, 0, &packed, expert * packing.n_bytes(), &mut uploader, &mut |bytes| {
-                done += bytes;
-                progress(done, total);
-            })?;
-        }
-        loaded.experts.insert(experts.weight, Experts { format: packing.format(), packed });
+        let packing = packing(&file.tensors()[experts.weight.0], experts.n_in, experts.n_out)?;
+        let packed = arena.buffer(n_expert * packing.n_bytes());
+        weights.experts.insert(experts.weight, Experts { format: packing.format(), packed });
     }
-    uploader.finish()?;
     for parts in vectors(spec) {
-        let mut decoded = Vec::new();
-        for &part in &parts {
-            let tensor = &file.tensors()[part.0];
-            let values = gguf::decode(tensor.ty, file.tensor_data(part.0))
-                .map_err(|source| Error::Decode { tensor: tensor.name.clone(), source })?;
-            decoded.extend(values);
-        }
-        loaded.vectors.insert(parts[0], Buffer::from_slice(device, &decoded)?);
-        done += 4 * decoded.len() as u64;
-        progress(done, total);
+        let n_elements: u64 = parts.iter().map(|part| file.tensors()[part.0].n_elements()).sum();
+        weights.vectors.insert(parts[0], arena.buffer(n_elements as usize));
     }
-    Ok(loaded)
+    Ok(weights)
 }
 
-/// Rows of a tensor in the file.
-struct Source<'a> {
-    tensor: &'a str,
-    /// Which of the tensor's rows is the first here.
-    first_row: usize,
-    rows: &'a [u8],
-}
-
-/// Repacks the rows in `source`, which are rows `first_row..` of the matrix that starts at `at` of `packed`: on all cores,
-/// some rows each, and copies them as they come.
-fn upload(
-    packing: &Packing,
-    source: &Source<'_>,
-    first_row: usize,
-    packed: &Buffer<u8>,
-    at: usize,
-    uploader: &mut Uploader,
-    copied: &mut dyn FnMut(u64),
+/// Reads the file, and fills the room that [`allocate`] made.
+pub(super) fn fill(
+    weights: &DeviceWeights,
+    device: &dyn Device,
+    file: &ModelFile,
+    spec: &ModelSpec,
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Error> {
-    let row_bytes = packing.row_bytes();
-    let rows_of_part = rows_of_part(packing, source.rows.len() / row_bytes);
-    let parts: Vec<(usize, &[u8])> = source.rows.chunks(rows_of_part * row_bytes).enumerate().collect();
-    for batch in parts.chunks(uploader.n_parts()) {
-        let check =
-            |&(part, rows): &(usize, &[u8])| packing.check_rows(source.first_row + part * rows_of_part, rows).err();
-        if let Some(error) = batch.par_iter().find_map_first(check) {
-            return Err(Error::Repack { tensor: source.tensor.to_owned(), source: error });
+    let mut jobs = Vec::new();
+    for Stack { parts, n_in, n_out } in matrices(spec) {
+        let packing = Arc::new(packing(&file.tensors()[parts[0].0], n_in, n_out)?);
+        let mut first_row = 0;
+        for &part in &parts {
+            let n_rows = file.tensor_data(part.0).len() / packing.row_bytes();
+            let rows = first_row..first_row + n_rows;
+            add_rows(&mut jobs, &packing, part, 0, rows, weights.matrix(parts[0]).packed.view());
+            first_row += n_rows;
         }
-        let bytes = uploader.batch(packed, batch.len(), |i, staging| {
-            let (part, source) = batch[i];
-            let first = first_row + part * rows_of_part;
-            let rows = first..first + source.len() / row_bytes;
-            let staging = &mut staging[..packing.rows_bytes(rows.clone())];
-            let segments = packing.repack_rows(rows, source, staging);
-            segments.into_iter().map(|segment| Segment { from: segment.from, to: at + segment.to }).collect()
-        })?;
-        copied(bytes);
     }
-    Ok(())
+    for (experts, n_expert) in super::experts(spec) {
+        let packing = Arc::new(packing(&file.tensors()[experts.weight.0], experts.n_in, experts.n_out)?);
+        let (n_source, n_packed) = (experts.n_out * packing.row_bytes(), packing.n_bytes());
+        let all = weights.experts(experts.weight).packed.view();
+        for expert in 0..n_expert {
+            let one = all.part(expert * n_packed..(expert + 1) * n_packed);
+            add_rows(&mut jobs, &packing, experts.weight, expert * n_source, 0..experts.n_out, one);
+        }
+    }
+    for parts in vectors(spec) {
+        let (all, mut at) = (weights.vector(parts[0]).view().bytes(), 0);
+        for part in parts {
+            let tensor = &file.tensors()[part.0];
+            let end = at + size_of::<f32>() * tensor.n_elements() as usize;
+            add_values(&mut jobs, part, tensor.ty, tensor.range().len(), all.part(at..end));
+            at = end;
+        }
+    }
+    let (mut done, total) = (0, jobs.iter().map(Job::n_bytes).sum::<usize>() as u64);
+    let part_bytes = jobs.iter().map(Job::n_bytes).max().unwrap_or(0);
+    let run = |job: usize, part: &mut [u8]| jobs[job].fill(file, part);
+    upload(device, jobs.len(), part_bytes, run, &mut |bytes| {
+        done += bytes;
+        progress(done, total);
+    })
 }
 
-/// Rows of `n_rows` that a core repacks at a time: few enough that every core has some.
-fn rows_of_part(packing: &Packing, n_rows: usize) -> usize {
-    n_rows.div_ceil(rayon::current_num_threads()).min(PART_BYTES / packing.row_bytes()).max(1)
+/// Some bytes of a tensor, and what becomes of them.
+struct Job<'a> {
+    tensor: TensorId,
+    /// Bytes of the tensor's data.
+    source: Range<usize>,
+    work: Work<'a>,
+}
+
+enum Work<'a> {
+    /// They are rows of the matrix at `into`, and are repacked.
+    Rows { packing: Arc<Packing>, rows: Range<usize>, into: View<'a, u8> },
+    /// They are decoded to f32, the bytes of which are `into`.
+    Values { into: View<'a, u8> },
+}
+
+/// Adds jobs for `rows` of a matrix, which are the tensor's bytes from `start` on.
+fn add_rows<'a>(
+    jobs: &mut Vec<Job<'a>>,
+    packing: &Arc<Packing>,
+    tensor: TensorId,
+    start: usize,
+    rows: Range<usize>,
+    into: View<'a, u8>,
+) {
+    let step = (PART_BYTES / packing.row_bytes()).max(1);
+    for first in rows.clone().step_by(step) {
+        let part = first..rows.end.min(first + step);
+        let source =
+            start + (first - rows.start) * packing.row_bytes()..start + (part.end - rows.start) * packing.row_bytes();
+        jobs.push(Job { tensor, source, work: Work::Rows { packing: Arc::clone(packing), rows: part, into } });
+    }
+}
+
+/// Adds jobs for `n_source` bytes of values of type `ty`, a whole tensor.
+fn add_values<'a>(jobs: &mut Vec<Job<'a>>, tensor: TensorId, ty: TensorType, n_source: usize, into: View<'a, u8>) {
+    let block_values = ty.block_len() * size_of::<f32>();
+    let n_blocks = n_source / ty.block_bytes();
+    let step = (PART_BYTES / block_values).max(1);
+    for first in (0..n_blocks).step_by(step) {
+        let last = n_blocks.min(first + step);
+        let source = first * ty.block_bytes()..last * ty.block_bytes();
+        let into = into.part(first * block_values..last * block_values);
+        jobs.push(Job { tensor, source, work: Work::Values { into } });
+    }
+}
+
+impl<'a> Job<'a> {
+    /// Bytes that it makes.
+    fn n_bytes(&self) -> usize {
+        match &self.work {
+            Work::Rows { packing, rows, .. } => packing.rows_bytes(rows.clone()),
+            Work::Values { into } => into.len(),
+        }
+    }
+
+    fn fill(&self, file: &ModelFile, part: &mut [u8]) -> Result<Vec<Segment<'a>>, Error> {
+        let source = &file.tensor_data(self.tensor.0)[self.source.clone()];
+        let part = &mut part[..self.n_bytes()];
+        match &self.work {
+            Work::Rows { packing, rows, into } => {
+                packing.check_rows(self.source.start / packing.row_bytes(), source).map_err(|source| {
+                    let tensor = file.tensors()[self.tensor.0].name.clone();
+                    Error::Repack { tensor, source }
+                })?;
+                let segments = packing.repack_rows(rows.clone(), source, part).into_iter();
+                let segment = |weights::Segment { from, to }| {
+                    let to = into.part(to..to + from.len());
+                    Segment { from, to }
+                };
+                Ok(segments.map(segment).collect())
+            }
+            Work::Values { into } => {
+                let tensor = &file.tensors()[self.tensor.0];
+                let values = gguf::decode(tensor.ty, source)
+                    .map_err(|source| Error::Decode { tensor: tensor.name.clone(), source })?;
+                for (bytes, value) in part.chunks_exact_mut(size_of::<f32>()).zip(values) {
+                    bytes.copy_from_slice(&value.to_ne_bytes());
+                }
+                Ok(vec![Segment { from: 0..part.len(), to: *into }])
+            }
+        }
+    }
 }

@@ -6,15 +6,21 @@
 mod forward;
 mod load;
 mod plan;
+pub mod ring;
+mod traffic;
+
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::adapter::{ExpertsSpec, FfnSpec, LinearSpec, ModelSpec};
-use crate::device::{self, SharedDevice};
+use crate::device::{self, Arena, SharedDevice};
 use crate::gguf::DecodeError;
 use crate::model_file::ModelFile;
 use crate::weights;
 
 pub use forward::Engine;
 pub use plan::{Advice, MemoryPlan};
+pub use traffic::decode_bytes;
 
 /// Element type of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +87,8 @@ pub enum Error {
     DoesNotFit { needed: u64, free: u64, n_ctx: usize, advice: Advice },
     #[error("the context is full: {wanted} tokens, room for {n_ctx}; start over or use a larger -c")]
     ContextFull { wanted: usize, n_ctx: usize },
+    #[error("the sequence of {n_past} tokens cannot go back to {to}: the cache holds what follows {oldest}")]
+    Rewind { to: usize, oldest: usize, n_past: usize },
     #[error("token {token} is not in the vocabulary of {n_vocab}")]
     Token { token: u32, n_vocab: usize },
     #[error("no token was given")]
@@ -156,8 +164,35 @@ impl Engine {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, Error> {
         let plan = MemoryPlan::new(spec, file.tensors(), &options)?;
-        plan.check(spec, file.tensors(), &options, device.memory()?)?;
-        let weights = load::load(&device, file, spec, &plan, progress)?;
-        forward::new(device, spec.clone(), options, weights)
+        plan.check(spec, file.tensors(), &options, device.memory()?.free)?;
+        let mut arena = Arena::new(&device, plan.total() as usize)?;
+        let weights = load::allocate(&mut arena, file, spec)?;
+        let mut engine = forward::new(device, spec.clone(), options, weights, &mut arena)?;
+        debug_assert_eq!(arena.left(), 0, "the plan is exact");
+        let model = engine.model();
+        // The driver compiles the kernels while the weights are copied: both take about a second.
+        let (weights, kernels) = thread::scope(|scope| {
+            let kernels = scope.spawn(|| timed(|| model.preload()));
+            let weights = timed(|| load::fill(model.weights(), model.device(), file, spec, progress));
+            (weights, kernels.join().expect("a launch panics where a step would have"))
+        });
+        weights.0?;
+        kernels.0?;
+        engine.set_load_times(LoadTimes { weights: weights.1, kernels: kernels.1 });
+        Ok(engine)
     }
+}
+
+fn timed<T>(body: impl FnOnce() -> T) -> (T, Duration) {
+    let start = Instant::now();
+    (body(), start.elapsed())
+}
+
+/// How long the parts of [`Engine::load`] took. They run beside each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadTimes {
+    /// Repacking the weights and copying them to the device.
+    pub weights: Duration,
+    /// Having the driver compile kernels.
+    pub kernels: Duration,
 }

@@ -2,19 +2,22 @@
 
 use std::fmt;
 
-use super::{Error, KvType, Options};
+use super::{Error, KvType, Options, ring};
 use crate::adapter::{FfnSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec, TensorId};
-use crate::device::{MemoryInfo, ops};
+use crate::device::ops::{self, AttentionShape};
+use crate::device::padded;
 use crate::gguf::{TensorInfo, TensorType};
 use crate::weights::Packing;
 
-/// Bytes of device memory by purpose. Exact: the engine allocates these numbers.
+/// Bytes of device memory by purpose, each buffer's padding included. Exact: the engine makes one allocation of their sum.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// Weights by type in the file, largest first. Norms and biases, decoded to f32, count as F32.
     pub weights: Vec<(TensorType, u64)>,
-    /// Keys and values of the whole context, all layers.
-    pub kv_cache: u64,
+    /// Keys and values of the layers that attend to the whole context.
+    pub kv_full: u64,
+    /// Keys and values of the layers that attend to a window of it: of a window and a prompt chunk.
+    pub kv_sliding: u64,
     /// Activations of one prompt chunk, logits, and attention's partial results.
     pub workspace: u64,
 }
@@ -29,6 +32,13 @@ pub(super) struct WorkspaceSizes {
     pub inner: usize,
     pub logits: usize,
     pub partial: usize,
+    pub counters: usize,
+    /// Of a router's logits, for one token.
+    pub parts: usize,
+    /// Activations inside one token's experts.
+    pub token_h: usize,
+    /// Of the likeliest tokens: ids, and logits.
+    pub likeliest: usize,
     /// Of experts: logits, choices and their weights, what they give, and the lists they are sorted by. 0 without.
     pub router_logits: usize,
     pub pairs: usize,
@@ -43,6 +53,9 @@ impl WorkspaceSizes {
         let rows = options.n_batch.min(options.n_ctx);
         let (q_width, kv_width) = (spec.n_head * spec.d_head, spec.n_head_kv * spec.d_head);
         let (n_expert, n_used) = n_experts(spec);
+        let most = |len: fn(AttentionShape) -> usize| {
+            spec.layers.iter().map(|layer| len(attention_shape(spec, options, layer))).max().unwrap_or_default()
+        };
         Self {
             tokens: rows,
             x: rows * spec.d_model,
@@ -51,7 +64,11 @@ impl WorkspaceSizes {
             attended: rows * q_width,
             inner: rows * n_used.max(1) * spec.d_ff,
             logits: spec.n_vocab,
-            partial: super::forward::partial_len(spec, options.n_ctx),
+            partial: most(ops::attention_partial_len),
+            counters: most(ops::attention_counters_len),
+            parts: if n_expert == 0 { 0 } else { ops::router_parts(q_width, spec.d_model) * (n_expert + 1) },
+            token_h: n_used * spec.d_ff / 2,
+            likeliest: ops::n_likeliest(spec.n_vocab),
             router_logits: rows * n_expert,
             pairs: rows * n_used,
             tiles: if n_expert == 0 { 0 } else { ops::expert_tiles_len(rows * n_used, n_expert) },
@@ -64,15 +81,29 @@ impl WorkspaceSizes {
     fn n_bytes(&self) -> u64 {
         let dense = [self.tokens, self.x, self.normed, self.qkv, self.attended, self.inner, self.logits, self.partial];
         // Choices, their weights and the sorted list are `pairs` each; a frequency is two words, the position one.
-        let others = [self.router_logits, 3 * self.pairs, self.tiles, self.expert_out, 2 * self.frequencies, 1];
-        let argmax = 2 * ops::ARGMAX_PARTS;
-        dense.iter().chain(&others).chain(&[argmax]).map(|&words| 4 * words as u64).sum()
+        let lists = [self.pairs, self.pairs, self.pairs, self.tiles, self.counters, self.parts, self.token_h];
+        let experts = [self.router_logits, self.expert_out];
+        let others = [2 * self.frequencies, 1, ops::ARGMAX_PARTS, ops::ARGMAX_PARTS, 1, self.likeliest, self.likeliest];
+        dense.iter().chain(&lists).chain(&experts).chain(&others).map(|&words| padded(4 * words) as u64).sum()
     }
 }
 
-/// Elements of the K or the V cache of one layer.
-pub(super) fn cache_len(spec: &ModelSpec, options: &Options) -> usize {
-    spec.n_head_kv * options.n_ctx * spec.d_head
+/// What attention is told of a layer.
+pub(super) fn attention_shape(spec: &ModelSpec, options: &Options, layer: &LayerSpec) -> AttentionShape {
+    let window = layer.attention.window;
+    AttentionShape {
+        n_head: spec.n_head,
+        n_head_kv: spec.n_head_kv,
+        d_head: spec.d_head,
+        n_slots: ring::n_slots(window, options.n_ctx, options.n_batch.min(options.n_ctx)),
+        scale: layer.attention.scale,
+        window,
+    }
+}
+
+/// Elements of the K or the V cache of a layer.
+pub(super) fn cache_len(shape: AttentionShape) -> usize {
+    shape.n_head_kv * shape.n_slots * shape.d_head
 }
 
 impl KvType {
@@ -172,7 +203,7 @@ impl MemoryPlan {
             if parts.iter().any(|part| tensors[part.0].ty != tensor.ty) {
                 return Err(Error::NotYetRunnable { what: "queries, keys and values of different types" });
             }
-            add(tensor.ty, packing(tensor, n_in, n_out)?.n_bytes() as u64);
+            add(tensor.ty, padded(packing(tensor, n_in, n_out)?.n_bytes()) as u64);
         }
         for layer in &spec.layers {
             if let FfnSpec::MixtureOfExperts { gate, up, .. } = &layer.ffn
@@ -183,15 +214,21 @@ impl MemoryPlan {
         }
         for (experts, n_expert) in super::experts(spec) {
             let tensor = &tensors[experts.weight.0];
-            add(tensor.ty, (n_expert * packing(tensor, experts.n_in, experts.n_out)?.n_bytes()) as u64);
+            add(tensor.ty, padded(n_expert * packing(tensor, experts.n_in, experts.n_out)?.n_bytes()) as u64);
         }
-        for id in vectors(spec).into_iter().flatten() {
-            add(TensorType::F32, 4 * tensors[id.0].n_elements());
+        for parts in vectors(spec) {
+            let n_elements: u64 = parts.iter().map(|part| tensors[part.0].n_elements()).sum();
+            add(TensorType::F32, padded(4 * n_elements as usize) as u64);
         }
         by_type.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
 
-        let kv_cache = (2 * spec.n_layer * cache_len(spec, options) * options.kv.n_bytes()) as u64;
-        Ok(Self { weights: by_type, kv_cache, workspace: WorkspaceSizes::new(spec, options).n_bytes() })
+        let (mut kv_full, mut kv_sliding) = (0, 0);
+        for layer in &spec.layers {
+            let bytes = 2 * padded(cache_len(attention_shape(spec, options, layer)) * options.kv.n_bytes()) as u64;
+            *(if layer.attention.window.is_some() { &mut kv_sliding } else { &mut kv_full }) += bytes;
+        }
+        let workspace = WorkspaceSizes::new(spec, options).n_bytes();
+        Ok(Self { weights: by_type, kv_full, kv_sliding, workspace })
     }
 
     /// All weights.
@@ -199,9 +236,14 @@ impl MemoryPlan {
         self.weights.iter().map(|&(_, bytes)| bytes).sum()
     }
 
+    /// Keys and values of all layers.
+    pub fn kv_cache(&self) -> u64 {
+        self.kv_full + self.kv_sliding
+    }
+
     /// Everything.
     pub fn total(&self) -> u64 {
-        self.weight_bytes() + self.kv_cache + self.workspace
+        self.weight_bytes() + self.kv_cache() + self.workspace
     }
 
     /// The largest context whose plan fits `budget` bytes, or `None` if not even one token does.
@@ -219,28 +261,17 @@ impl MemoryPlan {
         (low > 0).then_some(low)
     }
 
-    /// Whether it fits what the device has free.
+    /// Whether it fits `free` bytes.
     ///
     /// # Errors
     ///
     /// [`Error::DoesNotFit`] with the numbers and the largest context that would.
-    pub fn check(
-        &self,
-        spec: &ModelSpec,
-        tensors: &[TensorInfo],
-        options: &Options,
-        memory: MemoryInfo,
-    ) -> Result<(), Error> {
-        if self.total() <= memory.free {
+    pub fn check(&self, spec: &ModelSpec, tensors: &[TensorInfo], options: &Options, free: u64) -> Result<(), Error> {
+        if self.total() <= free {
             return Ok(());
         }
-        let largest = Self::largest_context(spec, tensors, options, memory.free);
-        Err(Error::DoesNotFit {
-            needed: self.total(),
-            free: memory.free,
-            n_ctx: options.n_ctx,
-            advice: Advice(largest),
-        })
+        let largest = Self::largest_context(spec, tensors, options, free);
+        Err(Error::DoesNotFit { needed: self.total(), free, n_ctx: options.n_ctx, advice: Advice(largest) })
     }
 }
 

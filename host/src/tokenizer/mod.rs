@@ -5,11 +5,14 @@
 //! never becomes a control token ([`Tokenizer::encode`]); only a template's own text does
 //! ([`Tokenizer::encode_with_specials`]).
 //!
-//! Merging is the `tokenizers` crate's BPE model. The steps around it are ours: that crate's pre-tokenizer stops at a
-//! regex error without a word, and its added-token table cannot hold ids that the BPE vocabulary does not have.
+//! All of it is ours, and is tested against the `tokenizers` crate. That crate's pre-tokenizer stops at a regex error without
+//! a word, its added-token table cannot hold ids that the BPE vocabulary does not have, and it takes several times as long
+//! to make its table of merges of a vocabulary as 200,000 tokens leave for a start.
 
 mod error;
 mod json;
+mod merges;
+mod metadata;
 mod pre_tokenizer;
 mod stream;
 mod vocabulary;
@@ -17,15 +20,14 @@ mod vocabulary;
 use std::collections::HashMap;
 
 use aho_corasick::{AhoCorasick, MatchKind};
-use tokenizers::Model;
-use tokenizers::models::bpe::BPE;
 
 pub use self::error::Error;
 pub use self::pre_tokenizer::PreTokenizer;
 pub use self::stream::StreamDecoder;
 pub use self::vocabulary::{TokenKind, Vocabulary};
 
-use self::pre_tokenizer::{BYTE_TO_CHAR, Splitter};
+use self::merges::Merges;
+use self::pre_tokenizer::Splitter;
 
 /// A vocabulary ready to encode and decode; cheap to share between threads behind a reference.
 #[derive(Debug)]
@@ -35,8 +37,9 @@ pub struct Tokenizer {
     kinds: Vec<TokenKind>,
     /// Id of the normal token that is exactly this byte; every byte has one.
     byte_ids: [u32; 256],
-    bpe: BPE,
-    n_merges: usize,
+    merges: Merges,
+    /// The normal tokens, where a piece that is one as a whole skips the merges.
+    whole_pieces: Option<HashMap<Box<[u8]>, u32>>,
     splitter: Splitter,
     /// Tokens cut out of any text before BPE: the user-defined ones.
     user_defined: Markers,
@@ -81,18 +84,16 @@ impl Tokenizer {
         let user_defined = Markers::new(user_defined_ids, text_of)?;
         let all_markers = Markers::new(all_ids, text_of)?;
 
-        let n_merges = checked.merges.len();
-        let bpe = BPE::builder()
-            .vocab_and_merges(checked.bpe_vocabulary, checked.merges)
-            .ignore_merges(vocabulary.ignore_merges)
-            .build()
-            .expect("`check` found both halves and the result of every merge in the vocabulary");
+        let whole_pieces = vocabulary.ignore_merges.then(|| {
+            let normal = of_kind(&[TokenKind::Normal]).into_iter();
+            normal.map(|id| (checked.bytes[id as usize].clone(), id)).collect()
+        });
         Ok(Tokenizer {
             bytes: checked.bytes,
             kinds: checked.kinds,
             byte_ids: checked.byte_ids,
-            bpe,
-            n_merges,
+            merges: checked.merges,
+            whole_pieces,
             splitter: Splitter::new(checked.pre),
             user_defined,
             all_markers,
@@ -256,7 +257,7 @@ impl Tokenizer {
             self.pre_tokenizer().name(),
             self.n_vocab(),
             counts.join(", "),
-            self.n_merges
+            self.merges.len()
         );
         for (label, id) in [("bos", self.bos), ("eos", self.eos), ("padding", self.padding)] {
             if let Some(id) = id {
@@ -281,12 +282,12 @@ impl Tokenizer {
     }
 
     fn append_ordinary(&self, text: &str, ids: &mut Vec<u32>) {
-        let mut word = String::new();
         for piece in self.splitter.pieces(text) {
-            word.clear();
-            word.extend(piece.bytes().map(|byte| BYTE_TO_CHAR[usize::from(byte)]));
-            let tokens = self.bpe.tokenize(&word).expect("a model without an unknown token cannot fail");
-            ids.extend(tokens.iter().map(|token| token.id));
+            let whole = self.whole_pieces.as_ref().and_then(|pieces| pieces.get(piece.as_bytes()));
+            match whole {
+                Some(&id) => ids.push(id),
+                None => self.merges.apply(piece.bytes().map(|byte| self.byte_ids[usize::from(byte)]), ids),
+            }
         }
     }
 }

@@ -104,25 +104,8 @@ impl Splitter {
     }
 }
 
-/// GPT-2's alphabet: a printable character for each byte. Printable ASCII and most of Latin-1 stand for themselves, the
-/// other 68 bytes for U+0100 on, in byte order (so space is U+0120, `Ġ`).
-pub(super) const BYTE_TO_CHAR: [char; 256] = {
-    let mut table = ['\0'; 256];
-    let mut moved = 0x100;
-    let mut byte = 0;
-    while byte < 256 {
-        let code = if is_own_letter(byte as u8) { byte as u32 } else { moved };
-        moved += !is_own_letter(byte as u8) as u32;
-        table[byte] = match char::from_u32(code) {
-            Some(letter) => letter,
-            None => unreachable!(),
-        };
-        byte += 1;
-    }
-    table
-};
-
-/// The byte that `letter` stands for in GPT-2's alphabet.
+/// The byte that `letter` stands for in GPT-2's alphabet, which has a printable character for each: printable ASCII and most of
+/// Latin-1 stand for themselves, the other 68 bytes for U+0100 on, in byte order (so space is U+0120, `Ġ`).
 pub(super) const fn byte_of(letter: char) -> Option<u8> {
     let code = letter as u32;
     if code < 0x100 && is_own_letter(code as u8) {
@@ -146,9 +129,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn alphabet_inverts() {
+    fn each_byte_has_its_letter() {
+        let mut moved = 0x100;
         for byte in 0..=255 {
-            assert_eq!(byte_of(BYTE_TO_CHAR[usize::from(byte)]), Some(byte));
+            let code = if is_own_letter(byte) { u32::from(byte) } else { moved };
+            moved += u32::from(!is_own_letter(byte));
+            assert_eq!(byte_of(char::from_u32(code).unwrap()), Some(byte));
         }
         let n_letters = (0..=0x10FFFF).filter_map(char::from_u32).filter(|&letter| byte_of(letter).is_some()).count();
         assert_eq!(n_letters, 256);

@@ -60,6 +60,14 @@ struct BitMove {
 }
 
 impl Field {
+    /// Where in a block of the file the `len` bytes are that it moves as they stand, if that is what it does.
+    pub fn whole(&self, len: usize) -> Option<usize> {
+        match self.moves {
+            Moves::Bytes { file, packed: 0, len: moved } if moved == len => Some(file),
+            _ => None,
+        }
+    }
+
     /// Moves the field from a block of the file to the plane, whose bits are still zero.
     pub fn pack(&self, block: &[u8], plane: &mut [u8]) {
         match &self.moves {

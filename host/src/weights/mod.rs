@@ -220,6 +220,18 @@ impl Packing {
         if per_row == 0 {
             return;
         }
+        let block_bytes = plane.block_bytes(&self.layout());
+        let mut fields = self.fields.iter().filter(|field| field.plane == plane);
+        // Most weights of most models: no bit moves within its byte.
+        if let (Some(field), None) = (fields.next(), fields.next())
+            && let Some(at) = field.whole(block_bytes)
+        {
+            return match block_bytes {
+                n if n % 16 == 0 => self.copy_plane::<16>(plane, at, source, into),
+                n if n % 2 == 0 => self.copy_plane::<2>(plane, at, source, into),
+                _ => self.copy_plane::<1>(plane, at, source, into),
+            };
+        }
         let mut linear = vec![0; per_row];
         // The padding behind the last row is no whole row, or nobody's: there are no more source rows then.
         for (row, packed_row) in source.chunks_exact(self.row_bytes()).zip(into.chunks_exact_mut(per_row)) {
@@ -229,6 +241,28 @@ impl Packing {
                 self.fields.iter().filter(|field| field.plane == plane).for_each(|field| field.pack(file, packed));
             }
             self.for_each_chunk(plane, |packed, of_row| packed_row[packed].copy_from_slice(&linear[of_row]));
+        }
+    }
+
+    /// Fills a plane that has some bytes of each block as they stand, from byte `at` on: `N` bytes at a time, of which a block
+    /// of the plane has a multiple, and no more than a chunk of 16.
+    fn copy_plane<const N: usize>(&self, plane: Plane, at: usize, source: &[u8], into: &mut [u8]) {
+        let block_bytes = plane.block_bytes(&self.layout());
+        let is_interleaved = plane == Plane::Quants && self.layout().group_bytes() > 16;
+        let n_blocks = self.blocks_per_row();
+        let rows = source.chunks_exact(self.row_bytes()).zip(into.chunks_exact_mut(n_blocks * block_bytes));
+        for (row, packed) in rows {
+            for (i, block) in row.chunks_exact(self.block_bytes).enumerate() {
+                let (pieces, _) = block[at..at + block_bytes].as_chunks::<N>();
+                for (j, piece) in pieces.iter().enumerate() {
+                    let start = match is_interleaved {
+                        // Types whose quants are bytes have one group in a block.
+                        true => chunk_offset(n_blocks, block_bytes, i, j),
+                        false => i * block_bytes + j * N,
+                    };
+                    packed[start..start + N].copy_from_slice(piece);
+                }
+            }
         }
     }
 

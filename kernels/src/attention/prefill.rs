@@ -4,8 +4,8 @@ use cuda_std::{Disjoint, Float, Global, Shared, cp_async, f16, kernel, mma, pack
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::{Entry, Launch};
 
-use super::single_query::{THREADS, attend};
-use super::{NO_SCORE, Shape, nan_past_f16, normalizer, sink_of};
+use super::single_query::{THREADS, attend, column_of};
+use super::{CacheElement, NO_SCORE, Shape, Slots, nan_past_f16, normalizer, sink_of};
 
 /// Queries of a block, 16 a warp.
 const QUERIES: u32 = 64;
@@ -45,8 +45,8 @@ macro_rules! attention_prefill_f16 {
         ///
         /// - Math: `out[t, h, c] = Σⱼ pⱼ vⱼ[c] / (Σⱼ pⱼ + exp(z − M))`, `pⱼ = exp(scale · q·kⱼ − M)` over visible j, z: the
         ///   head's sink, or −∞; M: the largest exponent. q · scale and p are rounded to f16; scores, sums and M are f32.
-        /// - Shapes: `out`: `[n_tokens, n_head d_head]`; `qkv`: `[n_tokens, (n_head + 2 n_head_kv) d_head]`; caches:
-        ///   `[n_head_kv, n_ctx, d_head]`, this launch's keys and values included; `state`: `[1]`, the first token's position;
+        /// - Shapes: `out`, `out16`: `[n_tokens, n_head d_head]`, one of them empty and not written; `qkv`: `[n_tokens, (n_head + 2 n_head_kv) d_head]`; caches:
+        ///   `[n_head_kv, n_slots, d_head]`, this launch's keys and values included; `state`: `[1]`, the first token's position;
         ///   `sinks`: empty or `[n_head]`.
         /// - Launch: [`launch_f16`]`(n_tokens, n_head)`, the longest rows first. A warp takes 16 queries, the block 64 keys at a
         ///   time; tiles that no query of the block sees are not read.
@@ -59,10 +59,11 @@ macro_rules! attention_prefill_f16 {
         /// # Safety
         ///
         /// Launched as above; the slices have the shapes written above and start at multiples of 16 bytes; `n_head_kv`
-        /// divides `n_head`; `d_head` is a multiple of 8 within the name's bound; `state[0] + n_tokens <= n_ctx`.
+        /// divides `n_head`; `d_head` is a multiple of 8 within the name's bound; the positions have slots.
         #[kernel(threads = THREADS, blocks_per_sm = $blocks)]
         pub unsafe fn $name(
             out: Disjoint<f32>,
+            out16: Disjoint<f16>,
             qkv: Global<f32>,
             k_cache: Global<f16>,
             v_cache: Global<f16>,
@@ -72,15 +73,15 @@ macro_rules! attention_prefill_f16 {
             n_head: u32,
             n_head_kv: u32,
             d_head: u32,
-            n_ctx: u32,
+            n_slots: u32,
             window: u32,
             scale: f32,
         ) {
-            let shape = Shape { n_head, n_head_kv, d_head, n_ctx, window, scale };
+            let shape = Shape { n_head, n_head_kv, d_head, n_slots, window, scale };
             let tiles = (shared_array!($k_symbol: [f16; $tile]), shared_array!($v_symbol: [f16; $tile]));
             // SAFETY: the launch contract.
             unsafe {
-                prefill_f16::<$k_steps, $n_tiles>(out, qkv, k_cache, v_cache, state, sinks, n_tokens, &shape, tiles);
+                prefill_f16::<$k_steps, $n_tiles>(out, out16, qkv, k_cache, v_cache, state, sinks, n_tokens, &shape, tiles);
             }
         }
     };
@@ -107,6 +108,7 @@ macro_rules! attention_prefill_f32 {
         #[kernel(threads = THREADS, blocks_per_sm = 4)]
         pub unsafe fn $name(
             out: Disjoint<f32>,
+            out16: Disjoint<f16>,
             qkv: Global<f32>,
             k_cache: Global<f32>,
             v_cache: Global<f32>,
@@ -116,11 +118,11 @@ macro_rules! attention_prefill_f32 {
             n_head: u32,
             n_head_kv: u32,
             d_head: u32,
-            n_ctx: u32,
+            n_slots: u32,
             window: u32,
             scale: f32,
         ) {
-            let shape = Shape { n_head, n_head_kv, d_head, n_ctx, window, scale };
+            let shape = Shape { n_head, n_head_kv, d_head, n_slots, window, scale };
             let (token, head) = (thread::block_idx_x(), thread::block_idx_y());
             if token >= n_tokens {
                 return; // The whole block leaves.
@@ -131,14 +133,23 @@ macro_rules! attention_prefill_f32 {
             let column = unsafe {
                 let (q, k, v) =
                     (shape.query(qkv, token, head), shape.head_of(k_cache, kv_head), shape.head_of(v_cache, kv_head));
-                attend::<f32, $lanes>(q, k, v, shape.first_key(position), position + 1, d_head, scale)
+                let factor = scale * core::f32::consts::LOG2_E;
+                let q = f32::widen(f32::load_eight(q, column_of::<$lanes>(d_head) as usize)).map(|x| x * factor);
+                let first = shape.first_key(position);
+                attend::<f32, $lanes>(q, k, v, Slots::from(&shape, first), 0, position + 1 - first, d_head)
             };
             let factor = normalizer(column.m, column.l, sink_of(sinks, head));
             let t = thread::thread_idx_x();
             if t < d_head {
                 let to = token as usize * (n_head * d_head) as usize + (head * d_head + t) as usize;
                 // SAFETY: column t of this block's row is this thread's alone.
-                unsafe { out.write(to, column.o * factor) };
+                unsafe {
+                    if out16.len() > 0 {
+                        out16.write(to, f16::round(column.o * factor));
+                    } else {
+                        out.write(to, column.o * factor);
+                    }
+                }
             }
         }
     };
@@ -156,6 +167,7 @@ attention_prefill_f32!(attention_prefill_f32_128, 16);
 #[inline(always)]
 unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
     out: Disjoint<f32>,
+    out16: Disjoint<f16>,
     qkv: Global<f32>,
     k_cache: Global<f16>,
     v_cache: Global<f16>,
@@ -193,14 +205,15 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
 
     let stride = 8 * N_TILES + 8;
     let mut tile = shape.first_key(first_position);
+    let mut slots = Slots::from(shape, tile);
     // SAFETY: nobody has read the tile yet.
-    unsafe { copy_tile::<N_TILES>(k_tile, k, tile, end, shape.d_head) };
+    unsafe { copy_tile::<N_TILES>(k_tile, k, slots, end - tile, shape.d_head) };
     while tile < end {
         cp_async::wait::<0>();
         // SAFETY: the whole block is here: `tile` and `end` are the block's. All have read the values before.
         unsafe {
             thread::sync_threads();
-            copy_tile::<N_TILES>(v_tile, v, tile, end, shape.d_head);
+            copy_tile::<N_TILES>(v_tile, v, slots, end - tile, shape.d_head);
         }
 
         // Scores, 16 queries by 64 keys a warp.
@@ -275,7 +288,7 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
         unsafe {
             thread::sync_threads();
             if tile + KEYS < end {
-                copy_tile::<N_TILES>(k_tile, k, tile + KEYS, end, shape.d_head);
+                copy_tile::<N_TILES>(k_tile, k, slots.after(KEYS), end - tile - KEYS, shape.d_head);
             }
         }
 
@@ -302,7 +315,7 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
             }
             step += 1;
         }
-        tile += KEYS;
+        (tile, slots) = (tile + KEYS, slots.after(KEYS));
     }
 
     let sink = sink_of(sinks, head);
@@ -312,13 +325,26 @@ unsafe fn prefill_f16<const K_STEPS: usize, const N_TILES: usize>(
         let factor = normalizer(m[row], unsafe { warp::sum_of::<4>(l[row]) }, sink);
         let token = token + 8 * row as u32;
         let to = token as usize * (shape.n_head * shape.d_head) as usize + (head * shape.d_head + 2 * t) as usize;
+        // One branch for all columns of the row.
+        let is_f16 = out16.len() > 0;
         let mut n = 0;
-        while n < N_TILES {
+        while n < N_TILES && !is_f16 {
             if token < n_tokens && 8 * (n as u32) < shape.d_head {
                 // SAFETY: these two columns of the row are this lane's alone.
                 unsafe {
                     out.write(to + 8 * n, o[n][2 * row] * factor);
                     out.write(to + 8 * n + 1, o[n][2 * row + 1] * factor);
+                }
+            }
+            n += 1;
+        }
+        let mut n = 0;
+        while n < N_TILES && is_f16 {
+            if token < n_tokens && 8 * (n as u32) < shape.d_head {
+                // SAFETY: as above.
+                unsafe {
+                    out16.write(to + 8 * n, f16::round(o[n][2 * row] * factor));
+                    out16.write(to + 8 * n + 1, f16::round(o[n][2 * row + 1] * factor));
                 }
             }
             n += 1;
@@ -358,26 +384,26 @@ unsafe fn load_queries<const K_STEPS: usize>(
     })
 }
 
-/// Starts copying rows `first..first + KEYS` of `source` to `tile`, as one group; rows from `end` on, and columns past the
+/// Starts copying the first [`KEYS`] of `slots` of `source` to `tile`, as one group; rows from `n` on, and columns past the
 /// last, become zero.
 ///
 /// # Safety
 ///
-/// All threads of the block are here, and none reads `tile` before waiting for the group and a barrier; rows below `end` are
-/// in `source`.
+/// All threads of the block are here, and none reads `tile` before waiting for the group and a barrier; the first `n` slots
+/// are in `source`.
 #[inline(always)]
-unsafe fn copy_tile<const N_TILES: usize>(tile: Shared<f16>, source: Global<f16>, first: u32, end: u32, d_head: u32) {
+unsafe fn copy_tile<const N_TILES: usize>(tile: Shared<f16>, source: Global<f16>, slots: Slots, n: u32, d_head: u32) {
     let thread = thread::thread_idx_x();
     let stride = 8 * N_TILES + 8;
     let mut piece = 0;
     while piece < KEYS * N_TILES as u32 / THREADS {
         let at = piece * THREADS + thread;
         let (row, column) = (at / N_TILES as u32, 8 * (at % N_TILES as u32));
-        let valid = first + row < end && column < d_head;
+        let valid = row < n && column < d_head;
         // SAFETY: the destination is this thread's, a multiple of 8 elements as the source is, which is inside if valid.
         unsafe {
             let to = row as usize * stride + column as usize;
-            tile.copy_async(to, source, ((first + row) * d_head + column) as usize, valid);
+            tile.copy_async(to, source, (slots.of(row) * d_head + column) as usize, valid);
         }
         piece += 1;
     }

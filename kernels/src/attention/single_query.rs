@@ -3,7 +3,7 @@
 
 use cuda_std::{Float, Global, shared_array, thread, warp};
 
-use super::{CacheElement, NO_SCORE};
+use super::{CacheElement, NO_SCORE, Slots};
 
 /// Threads of a block.
 pub(super) const THREADS: u32 = 128;
@@ -23,22 +23,29 @@ pub(super) struct Column {
     pub o: f32,
 }
 
-/// Keys `first..end` of one KV head against one query, by a block of [`THREADS`]. Groups of `LANES` lanes take a key each, a
+/// This thread's 8 columns of a query in `attend`: those from here on. Lanes past the head's last column repeat it.
+#[inline(always)]
+pub(super) fn column_of<const LANES: u32>(d_head: u32) -> u32 {
+    (8 * (thread::thread_idx_x() % LANES)).min(d_head - 8)
+}
+
+/// Keys `begin..end` of `slots` in one KV head against one query, by a block of [`THREADS`]. `q` is the query's columns from
+/// [`column_of`] on, times `scale · log2 e`. Groups of `LANES` lanes take a key each, a
 /// lane 8 of its elements; every group has its own online softmax, and the block merges them at the end, in fixed order.
 ///
 /// # Safety
 ///
-/// The whole block is here, and at no second call. `first < end`, and these rows are in `k` and `v`; `d_head` is a multiple
-/// of 8, at most `8 · LANES`; `LANES` is 4, 8 or 16.
+/// The whole block is here, and at no second call. The slots of positions `begin..end` after the first are in `k` and `v`;
+/// `d_head` is a multiple of 8, at most `8 · LANES`; `LANES` is 4, 8 or 16.
 #[inline(always)]
 pub(super) unsafe fn attend<E: CacheElement, const LANES: u32>(
-    q: Global<f32>,
+    q: [f32; 8],
     k: Global<E>,
     v: Global<E>,
-    first: u32,
+    slots: Slots,
+    begin: u32,
     end: u32,
     d_head: u32,
-    scale: f32,
 ) -> Column {
     let t = thread::thread_idx_x();
     let (warp_idx, lane) = (t / 32, t % LANES);
@@ -46,23 +53,24 @@ pub(super) unsafe fn attend<E: CacheElement, const LANES: u32>(
     let keys_per_warp = STEPS as u32 * groups_per_warp;
 
     // Lanes past the head's last column read it again, against a zero query.
-    let column = (8 * lane).min(d_head - 8);
-    let factor = if 8 * lane < d_head { scale * core::f32::consts::LOG2_E } else { 0.0 };
-    // SAFETY: inside, as `column + 8 <= d_head`; a multiple of 8 elements.
-    let q = f32::widen(unsafe { f32::load_eight(q, column as usize) }).map(|x| x * factor);
+    let column = column_of::<LANES>(d_head);
+    let q = if 8 * lane < d_head { q } else { [0.0; 8] };
 
     // A key past the end is read as the last one and then masked: no branch comes between the loads.
     let load = |source: Global<E>, at: u32| {
         core::array::from_fn::<_, STEPS, _>(|step| {
             let key = (at + step as u32 * groups_per_warp + t % 32 / LANES).min(end - 1);
-            // SAFETY: `key < end`, whose row is there; `column` as above.
-            unsafe { E::load_eight(source, (key * d_head + column) as usize) }
+            // SAFETY: `key < end`, whose row is there; `column + 8 <= d_head`, multiples of 8 elements.
+            unsafe { E::load_eight(source, (slots.of(key) * d_head + column) as usize) }
         })
     };
 
     let (mut m, mut l, mut o) = (NO_SCORE, 0.0, [0.0f32; 8]);
-    let mut at = first + warp_idx * keys_per_warp;
-    let (mut keys, mut values) = (load(k, at), load(v, at));
+    let mut at = begin + warp_idx * keys_per_warp;
+    let (mut keys, mut values) = Default::default();
+    if at < end {
+        (keys, values) = (load(k, at), load(v, at));
+    }
     while at < end {
         // A whole warp is here: `at` is the same for its lanes.
         let scores: [f32; STEPS] = core::array::from_fn(|step| {

@@ -10,6 +10,7 @@
 //! *slot* s, and `t · n_used + s` the *pair* of both.
 
 pub mod decode;
+pub mod grouped;
 pub mod prefill;
 pub mod sort;
 pub mod token;

@@ -1,6 +1,8 @@
 //! Many tokens through their experts, as in prefill: tensor cores.
 
-use super::sort::{TILE_PAIRS, TILE_WORDS, n_tiles};
+use super::sort::Job;
+#[cfg(not(target_arch = "nvptx64"))]
+use super::sort::n_tiles;
 use super::{bias_of, place};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::format::WeightFormat;
@@ -15,6 +17,8 @@ use cuda_std::warp::WARP_SIZE;
 use cuda_std::{DeviceSlice, Entry, Launch, LaunchError, Launcher};
 use cuda_std::{Disjoint, Global, f16, kernel, shared_array, thread};
 
+/// The widest tile of pairs: what [`experts_sort`](super::sort::experts_sort()) is to cut for these kernels.
+pub const TILE_PAIRS: u32 = crate::matmul::TILE_TOKENS;
 /// Features of a block of `experts_prefill_gate_up_*`: half of its rows are of `gate`, half of `up`.
 const TILE_FEATURES: u32 = TILE_ROWS / 2;
 const COMBINE_THREADS: u32 = 256;
@@ -22,14 +26,14 @@ const COMBINE_THREADS: u32 = 256;
 /// The one geometry `experts_prefill_gate_up_*` is written for.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_gate_up(n_pairs: u32, n_expert: u32, d_ff: u32) -> Launch {
-    let grid = [d_ff.div_ceil(TILE_FEATURES), n_tiles(n_pairs, n_expert), 1];
+    let grid = [d_ff.div_ceil(TILE_FEATURES), n_tiles(n_pairs, n_expert, TILE_PAIRS), 1];
     Launch { grid, block: [WARP_SIZE, THREADS / WARP_SIZE, 1] }
 }
 
 /// The one geometry `experts_prefill_down_*` is written for.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_down(n_pairs: u32, n_expert: u32, d_model: u32) -> Launch {
-    let grid = [d_model.div_ceil(TILE_ROWS), n_tiles(n_pairs, n_expert), 1];
+    let grid = [d_model.div_ceil(TILE_ROWS), n_tiles(n_pairs, n_expert, TILE_PAIRS), 1];
     Launch { grid, block: [WARP_SIZE, THREADS / WARP_SIZE, 1] }
 }
 
@@ -49,7 +53,7 @@ macro_rules! kernels {
             ///   [`swiglu::activation`]. Products as in [`crate::matmul`].
             /// - Shapes: `h`: `[n_pairs, d_ff]`; `gate`, `up`: `[n_expert, d_ff, d_model]`, each expert in its format's
             ///   planes; `gate_bias`, `up_bias`: `[n_expert, d_ff]`, or empty; `x`: `[n_tokens, d_model]`, from a multiple of
-            ///   16 bytes on; `pairs`, `tiles`: those of [`experts_sort`](super::sort::experts_sort()).
+            ///   16 bytes on; `pairs`, `tiles`: those of [`experts_sort`](super::sort::experts_sort()) for tiles of [`TILE_PAIRS`].
             /// - Launch: [`launch_gate_up`]`(n_pairs, n_expert, d_ff)`. A block owns 64 features and a tile of up to 64
             ///   places, or returns if its tile has none. A warp has 16 rows of `gate`, the same of `up`, and 32 places.
             /// - Shared memory: 31.5 KiB, two tiles of each operand; one barrier a step of 32 elements.
@@ -86,7 +90,7 @@ macro_rules! kernels {
             ///   Products as in [`crate::matmul`].
             /// - Shapes: `y`: `[n_pairs, d_model]`; `weight`: `[n_expert, d_model, d_ff]`, each expert in its format's planes;
             ///   `bias`: `[n_expert, d_model]`, or empty; `h`: `[n_pairs, d_ff]`, from a multiple of 16 bytes on; `pairs`,
-            ///   `tiles`: those of [`experts_sort`](super::sort::experts_sort()).
+            ///   `tiles`: those of [`experts_sort`](super::sort::experts_sort()) for tiles of [`TILE_PAIRS`].
             /// - Launch: [`launch_down`]`(n_pairs, n_expert, d_model)`. A block owns 128 rows and a tile of up to 64 places, or
             ///   returns if its tile has none.
             /// - Shared memory: 31.5 KiB, two tiles of each operand; one barrier a step of 32 elements.
@@ -250,26 +254,6 @@ pub unsafe fn experts_combine(out: Disjoint<f32>, y: Global<f32>, weights: Globa
     }
 }
 
-/// A tile of the list: pairs of one expert.
-#[derive(Clone, Copy)]
-struct Job {
-    expert: u32,
-    /// Its first place in the sorted list.
-    first: u32,
-    /// Number of its places, at least 1.
-    count: u32,
-}
-
-impl Job {
-    /// That of this block; `None`, for the whole block, if it has nothing to do.
-    #[inline(always)]
-    fn of_block(tiles: Global<u32>) -> Option<Self> {
-        let at = (thread::block_idx_y() * TILE_WORDS) as usize;
-        let job = Self { expert: tiles[at], first: tiles[at + 1], count: tiles[at + 2] };
-        if job.count == 0 { None } else { Some(job) }
-    }
-}
-
 /// # Safety
 ///
 /// As the kernels above.
@@ -396,7 +380,6 @@ unsafe fn products<F: Format>(
     x: Global<f32>,
     x_row: impl Fn(u32) -> u32,
 ) -> [[[f32; 4]; 4]; 2] {
-    const { assert!(TILE_PAIRS == crate::matmul::TILE_TOKENS) };
     let tiles = Tiles {
         weight: shared_array!(experts_weight: [f16; WEIGHT_HALVES]),
         x: shared_array!(experts_x_tile: [f16; X_HALVES]),

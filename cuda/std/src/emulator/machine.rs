@@ -506,6 +506,13 @@ pub fn pack_f16x2(low: f32, high: f32) -> u32 {
     u32::from(f16::from_f32(low).to_bits()) | u32::from(f16::from_f32(high).to_bits()) << 16
 }
 
+#[inline(always)]
+pub fn mul_f16x2(a: u32, b: u32) -> u32 {
+    // In f32 the product is exact.
+    let half = |shift: u32| f16::from_bits((a >> shift) as u16).to_f32() * f16::from_bits((b >> shift) as u16).to_f32();
+    pack_f16x2(half(0), half(16))
+}
+
 /// # Safety
 /// The bytes are readable; the caller checked them. So for the two below.
 #[inline(always)]
