@@ -56,12 +56,12 @@ fn warps_with_several_tiles() {
 
 #[test]
 fn the_widest_layers_that_fit() {
-    assert!(fits(32, 4, 3072, 3072) && !fits(32, 4, 3104, 64) && !fits(32, 5, 64, 1568) && !fits(129, 4, 64, 64));
-    let layer = Layer::of(2, 3072, 32, 32, 32);
+    assert!(fits(32, 4, 4096, 4096) && !fits(32, 4, 4128, 64) && !fits(32, 8, 64, 2080) && !fits(129, 4, 64, 64));
+    let layer = Layer::of(2, 4096, 32, 32, 32);
     layer.check_gate_up(1, 2, 1);
-    let layer = Layer::of(8, 32, 32, 1536, 32);
+    let layer = Layer::of(8, 32, 32, 2048, 32);
     layer.check_down(&[7, 6, 5, 4, 3, 2, 1, 0], 1);
-    let layer = Layer::of(1, 32, 32, 12288, 32);
+    let layer = Layer::of(1, 32, 32, 16384, 32);
     layer.check_down(&[0], 1);
 }
 
@@ -129,17 +129,18 @@ fn the_smallest_and_the_largest_scale_of_e8m0_are_kept() {
 }
 
 #[test]
-fn launches_repeat_to_the_bit() {
+fn launches_of_any_size_repeat_to_the_bit() {
     let layer = Layer::new(8, 160, 96);
     let (x, before) = (layer.x(), normal(8, 160));
-    let run = |device: &TestDevice| {
-        let found = layer.gate_up(device, 4, &x, &layer.parts(&x, 5), &layer.router_bias, EPSILON, 3);
-        let out = layer.down(device, &before, &found.h, &found.chosen, &found.weights, 3);
+    let run = |device: &TestDevice, n_blocks: u32| {
+        let found = layer.gate_up(device, 4, &x, &layer.parts(&x, 5), &layer.router_bias, EPSILON, n_blocks);
+        let out = layer.down(device, &before, &found.h, &found.chosen, &found.weights, n_blocks);
         (found.h, found.chosen, out)
     };
-    // Two orders of threads in the emulator, twice the same on a GPU.
-    let found: Vec<_> = devices().iter().chain(&devices()).map(run).collect();
-    for other in &found[1..] {
+    // Two orders of threads in the emulator, twice the same on a GPU; and tiles dealt out otherwise.
+    let found: Vec<_> = devices().iter().flat_map(|device| [1, 3, 132].map(|n_blocks| run(device, n_blocks))).collect();
+    let again: Vec<_> = devices().iter().map(|device| run(device, 3)).collect();
+    for other in found[1..].iter().chain(&again) {
         assert_eq!(found[0], *other);
     }
 }

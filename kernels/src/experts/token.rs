@@ -1,8 +1,8 @@
 //! One token through experts of MXFP4 on tensor cores: the router's end and two kernels, at the speed of memory.
 //!
-//! Both kernels bring tiles of whole rows to shared memory, byte after byte as they lie in device memory, a ring of tiles
-//! ahead; the warps of a block share each tile's length, so that a warp has the same activations for all tiles. Tiles are
-//! small enough to be dealt out evenly to all multiprocessors, and there is one barrier for each.
+//! Both kernels give each warp whole products and keep warps apart: a warp brings its own weights to its own part of shared
+//! memory, [`DEPTH`] runs of 128 elements ahead, a thread exactly the bytes that it reads. There is no barrier but those for
+//! activations, and all warps of the grid finish together: tiles are small enough to be dealt out evenly.
 
 use crate::format::{Format, GROUP, MXFP4_RUN, Mxfp4, mxfp4_pairs};
 use crate::router::{MAX_EXPERTS, MAX_USED, order};
@@ -15,57 +15,55 @@ use cuda_std::{
     thread, warp,
 };
 
-/// Warps of a block.
-const WARPS: u32 = 12;
+/// Warps of a block. Eleven tiles for each of 132 SMs are what 2880 features of four experts make, of either kernel.
+const WARPS: u32 = 11;
 const THREADS: u32 = WARPS * WARP_SIZE;
+/// The widest rows of `gate` and `up`.
+pub const MAX_D_MODEL: u32 = 4096;
+/// The most activations of all slots together, `n_used · d_ff`.
+pub const MAX_ACTIVATIONS: u32 = 16384;
 
 const RUN: u32 = MXFP4_RUN as u32;
 /// Bytes of a row's run.
 const RUN_BYTES: u32 = 16 * RUN;
-/// Runs of `gate` and `up` that a warp multiplies of each tile.
-const WARP_RUNS: u32 = 2;
-/// The widest rows of `gate` and `up`.
-pub const MAX_D_MODEL: u32 = WARPS * WARP_RUNS * RUN * GROUP;
-/// The most activations of all slots together, their number rounded up to a power of two.
-pub const MAX_ACTIVATIONS: u32 = COLUMNS * WARPS * RUN * GROUP;
+/// Runs that are asked for together, and so often under way: with eleven busy warps 44 KiB of an SM.
+const RUNS: u32 = 1;
+const DEPTH: u32 = 2;
+/// Sixteen rows of a run, as fragments: 16 bytes of each thread for rows 0 to 7, then for rows 8 to 15.
+const HALF_RUN: u32 = 16 * WARP_SIZE;
+const STAGE_BYTES: u32 = RUNS * 2 * HALF_RUN;
+const RING_BYTES: u32 = DEPTH * STAGE_BYTES;
 
 /// Features of a tile of `gate` and `up`.
 const FEATURES: u32 = 8;
-/// Tiles of `gate` and `up` in the ring: one in use, two under way, 46 KiB of gpt-oss-20b.
-const GATE_UP_STAGES: u32 = 3;
-/// Eight rows of either.
-const FEATURE_BYTES: u32 = FEATURES * MAX_D_MODEL / 2;
-/// Their scales, from a multiple of 16 bytes on.
-const FEATURE_SCALES: u32 = FEATURES * MAX_D_MODEL / GROUP + 16;
-const GATE_UP_STAGE: u32 = 2 * (FEATURE_BYTES + FEATURE_SCALES);
-const GATE_UP_SHARED: u32 = GATE_UP_STAGES * GATE_UP_STAGE;
+/// Scales of eight rows, from a multiple of 16 bytes on.
+const FEATURE_SCALES: u32 = FEATURES * (MAX_D_MODEL / GROUP) + 16;
+const GATE_UP_BYTES: u32 = RING_BYTES + 2 * FEATURE_SCALES;
+const GATE_UP_SHARED: u32 = WARPS * GATE_UP_BYTES;
 /// Quads of `x` that a thread brings.
 const X_QUADS: usize = MAX_D_MODEL.div_ceil(4 * THREADS) as usize;
 const X_WORDS: usize = X_QUADS * 2 * THREADS as usize;
 /// Parts of the router's sums that a thread loads together.
-const PARTS_AHEAD: usize = 16;
+const PARTS_AHEAD: usize = 18;
 const EXPERT_SUMS: usize = (WARPS * MAX_EXPERTS) as usize;
 
 /// Rows of a tile of `down`.
 const ROWS: u32 = 2;
 /// Columns of an mma: products of a slot, or of a part of it, each.
 const COLUMNS: u32 = 8;
-/// Tiles of `down` in the ring: one in use, four under way, 46 KiB of gpt-oss-20b.
-const DOWN_STAGES: u32 = 5;
-/// Two rows of every slot.
-const ROW_BYTES: u32 = ROWS * MAX_ACTIVATIONS / 2;
-/// Their scales, each slot's from a multiple of 16 bytes on.
+/// Scales of two rows of every slot, each from a multiple of 16 bytes on.
 const ROW_SCALES: u32 = ROWS * MAX_ACTIVATIONS / GROUP + 32 * MAX_USED;
-const DOWN_STAGE: u32 = ROW_BYTES + ROW_SCALES;
-const DOWN_SHARED: u32 = DOWN_STAGES * DOWN_STAGE;
+const DOWN_BYTES: u32 = RING_BYTES + ROW_SCALES;
+const DOWN_SHARED: u32 = WARPS * DOWN_BYTES;
+/// Words between the activations of two slots, beyond whole runs: lanes of neighbouring slots then read different banks.
+const SLOT_PAD: u32 = 16;
+const H_WORDS: usize = (MAX_ACTIVATIONS / 2 + MAX_USED * (RUN * 16 + SLOT_PAD)) as usize;
 /// A lane off the diagonal.
 const OUT_LANE: u32 = 1;
 /// Activations are stored times 2⁹, far from the smallest f16: |h| is at most 56.
 const H_UNIT: f32 = 512.0;
 /// What codes of [`mxfp4_pairs`] are to be multiplied with.
 const CODE_UNIT: f32 = 16384.0;
-/// Two tiles' two sums of each thread: one tile's are written while the other's are read.
-const SUMS: usize = 4 * THREADS as usize;
 
 /// The kernels of this file.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -74,8 +72,7 @@ pub const ENTRIES: &[&Entry] = &[experts_token_gate_up_mxfp4::ENTRY, experts_tok
 /// Whether the kernels of this file can run a layer of these widths.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn fits(n_expert: u32, n_used: u32, d_model: u32, d_ff: u32) -> bool {
-    let slots = n_used.next_power_of_two();
-    n_expert <= MAX_EXPERTS && n_used <= MAX_USED && d_model <= MAX_D_MODEL && slots * d_ff <= MAX_ACTIVATIONS
+    n_expert <= MAX_EXPERTS && n_used <= MAX_USED && d_model <= MAX_D_MODEL && n_used * d_ff <= MAX_ACTIVATIONS
 }
 
 /// The geometry [`experts_token_gate_up_mxfp4`] is written for: any number of blocks, one for each multiprocessor, or
@@ -143,149 +140,97 @@ pub unsafe fn experts_token_gate_up_mxfp4(
     let n_used = chosen.len() as u32;
 
     let dynamic = dynamic_shared_array!(experts_token_gate_up_ring: [u8; GATE_UP_SHARED as usize]);
-    let thread = warp_idx * WARP_SIZE + lane;
-    let (block, n_blocks) = (thread::block_idx_x(), thread::grid_dim_x());
+    let stages = Stages { shared: dynamic, at: warp_idx * GATE_UP_BYTES };
+    let scales_at = stages.at + RING_BYTES;
     let n_groups = d_model / GROUP;
     let planes = Mxfp4::LAYOUT.planes(d_model as usize, d_ff as usize);
     let tiles_per_slot = d_ff / FEATURES;
     let n_tiles = n_used * tiles_per_slot;
-    // Tile i of this block: its slot, expert, and first feature.
-    let tile_of = |i: u32| {
-        let tile = block + i * n_blocks;
+    let (g, t) = (lane / 4, lane % 4);
+    let weights_of = |tile: u32| {
         let slot = tile / tiles_per_slot.max(1);
         // SAFETY: there are as many ids as slots.
-        (slot, unsafe { routed.sorted.read(slot as usize) }, (tile - slot * tiles_per_slot) * FEATURES)
+        let expert = unsafe { routed.sorted.read(slot as usize) };
+        let f = (tile - slot * tiles_per_slot) * FEATURES + g;
+        // An expert's first byte, and this lane's first in the row.
+        let base = expert as usize * planes.end;
+        (slot, expert, f, base, base + f as usize * (16 * n_groups) as usize + (16 * t) as usize)
     };
-    // Starts the copies of tile i, each thread's share: the eight rows of a matrix lie behind one another.
-    let copy = |i: u32| {
-        if block + i * n_blocks < n_tiles {
-            let (_, expert, first) = tile_of(i);
-            let base = expert as usize * planes.end;
-            let rows = base + first as usize * (16 * n_groups) as usize;
-            let scales = base + planes.scales + first as usize * n_groups as usize;
-            let at = i % GATE_UP_STAGES * GATE_UP_STAGE;
-            let is_up = thread >= THREADS / 2;
-            let half = thread % (THREADS / 2);
-            let scales_at = at + 2 * FEATURE_BYTES + if is_up { FEATURE_SCALES } else { 0 };
-            // SAFETY: rows and scales exist; the stage was read by all before the last barrier.
+    let mut runs = Runs::new(n_groups, 0, n_groups.div_ceil(RUN), t);
+    let start = |runs: &mut Runs, tile: u32| {
+        if tile < n_tiles {
+            let (_, _, f, base, from) = weights_of(tile);
+            let scales = base + planes.scales + (f - g) as usize * n_groups as usize;
+            // SAFETY: the rows exist, and nobody uses this warp's shared memory.
             unsafe {
-                copy_bytes(dynamic, at, gate, rows, FEATURES * 16 * n_groups, thread, THREADS);
-                copy_bytes(dynamic, at + FEATURE_BYTES, up, rows, FEATURES * 16 * n_groups, thread, THREADS);
-                let weight = if is_up { up } else { gate };
-                copy_bytes(dynamic, scales_at, weight, scales, FEATURES * n_groups, half, THREADS / 2);
+                copy_scales(dynamic, scales_at, gate, scales, FEATURES * n_groups, lane);
+                copy_scales(dynamic, scales_at + FEATURE_SCALES, up, scales, FEATURES * n_groups, lane);
+                runs.start(&stages, [(gate, from), (up, from)]);
             }
         }
-        cp_async::commit();
     };
-    let mut i = 0;
-    while i < GATE_UP_STAGES - 1 {
-        copy(i);
-        i += 1;
-    }
+    let mut tile = warp_idx * thread::grid_dim_x() + thread::block_idx_x();
+    start(&mut runs, tile);
 
     let normal = shared_array!(experts_token_x: [u32; X_WORDS]);
-    let sums = shared_array!(experts_token_gate_up_sums: [f32; SUMS]);
     // SAFETY: the whole block is here.
-    unsafe { routed.store_normal(normal) };
-    // This one writes what the next kernel needs.
-    if block == 0 && warp_idx == WARPS - 1 {
+    unsafe {
+        routed.store_normal(normal);
+        thread::sync_threads();
+    }
+    // Few blocks have work for all warps; this one writes what the next kernel needs.
+    if thread::block_idx_x() == 0 && warp_idx == WARPS - 1 {
         // SAFETY: a whole warp is here; its elements are a lane's own.
         unsafe { routed.write(chosen, weights) };
     }
-    let (g, t) = (lane / 4, lane % 4);
-    // The biases of the next tile that this warp finishes, of `gate` in even lanes and of `up` in odd ones.
-    let bias_of = |i: u32| {
-        let bias = if t % 2 == 0 { gate_bias } else { up_bias };
-        if block + i * n_blocks < n_tiles && bias.len() > 0 {
-            let (_, expert, first) = tile_of(i);
-            bias[expert as usize * d_ff as usize + (first + g) as usize]
-        } else {
-            0.0
-        }
-    };
-    let mut bias = bias_of(warp_idx);
 
-    let mut i = 0;
-    while block + i * n_blocks < n_tiles {
-        // SAFETY: the whole block runs this loop in step.
-        unsafe {
-            cp_async::wait::<{ GATE_UP_STAGES - 2 }>();
-            thread::sync_threads();
-        }
-        copy(i + GATE_UP_STAGES - 1);
-        if i > 0 && (i - 1) % WARPS == warp_idx {
-            let (slot, _, first) = tile_of(i - 1);
-            // SAFETY: the sums of the tile before are there, and a whole warp is here.
-            unsafe { finish_features(h, sums, (i - 1) % 2, bias, slot * d_ff + first) };
-            bias = bias_of(i - 1 + WARPS);
-        }
-        let at = i % GATE_UP_STAGES * GATE_UP_STAGE;
-        let (_, _, first) = tile_of(i);
-        let shift = (planes.scales as u32 + first * n_groups) % 16;
-        let scales_at = at + 2 * FEATURE_BYTES + shift + g * n_groups;
-        let rows_at = at + g * 16 * n_groups;
-        let mut sum = [0.0; 2];
-        let mut k = 0;
-        while k < WARP_RUNS {
-            let run = warp_idx * WARP_RUNS + k;
-            // SAFETY: the tile has landed, x is there, and whole warps are here.
-            unsafe {
-                let words = [
-                    run_words(dynamic, rows_at, n_groups, run),
-                    run_words(dynamic, rows_at + FEATURE_BYTES, n_groups, run),
-                ];
+    while tile < n_tiles {
+        let (slot, expert, f, base, from) = weights_of(tile);
+        let at = expert as usize * d_ff as usize + f as usize;
+        let gate_bias = if gate_bias.len() > 0 { gate_bias[at] } else { 0.0 };
+        let up_bias = if up_bias.len() > 0 { up_bias[at] } else { 0.0 };
+        let first = base + planes.scales + (f - g) as usize * n_groups as usize;
+        let scale_row = scales_at + first as u32 % 16 + g * n_groups;
+
+        let mut sums = [0.0; 2];
+        let mut step = 0;
+        while step < runs.steps {
+            // SAFETY: the whole warp is here.
+            let words = unsafe { runs.next(&stages, [(gate, from), (up, from)], step) };
+            let mut k = 0;
+            while k < RUNS as usize {
                 // Past the last group weights are 0, and so is x.
-                let group = (run * RUN + t).min(n_groups - 1);
-                let scales = [
-                    dynamic.read((scales_at + group) as usize),
-                    dynamic.read((scales_at + FEATURE_SCALES + group) as usize),
-                ];
-                let x = normal.load16(((run * RUN + g / 2) * 16 + 4 * t) as usize);
-                add_run(&mut sum, &words, scales, x, g);
+                let first_group = (step * RUNS + k as u32) * RUN;
+                let group = (first_group + t).min(n_groups - 1);
+                // SAFETY: scales have landed, x is there.
+                unsafe {
+                    let scales = [
+                        dynamic.read((scale_row + group) as usize),
+                        dynamic.read((scale_row + FEATURE_SCALES + group) as usize),
+                    ];
+                    let x = normal.load16(((first_group + g / 2) * 16 + 4 * t) as usize);
+                    add_run(&mut sums, &words[k], scales, x, g);
+                }
+                k += 1;
             }
-            k += 1;
+            step += 1;
         }
-        // SAFETY: whole warps are here; each thread writes its own element, which nobody reads before the next barrier.
+        // SAFETY: the whole warp is here.
         unsafe {
-            let (gate, up) = (warp::sum_of::<4>(sum[0]), warp::sum_of::<4>(sum[1]));
-            sums.write((i % 2 * 2 * THREADS + thread) as usize, if t % 2 == 0 { gate } else { up });
+            let (gate, up) = (warp::sum_of::<4>(sums[0]), warp::sum_of::<4>(sums[1]));
+            let value = swiglu::activation(gate + gate_bias, up + up_bias) * H_UNIT;
+            // Features f and f + 1 in a word, as B fragments have them.
+            let next = warp::shuffle_xor(value, 4);
+            if lane % 8 == 0 {
+                let pair = f % 8 / 2;
+                let word = slot * d_ff / 2 + f / GROUP * 16 + 4 * pair + f % GROUP / 8;
+                // This lane's alone.
+                h.write(word as usize, pack_f16x2(value, next));
+            }
+            warp::sync(); // Nobody reads this warp's shared memory any more.
         }
-        i += 1;
-    }
-    // SAFETY: the whole block is here.
-    unsafe { thread::sync_threads() };
-    if i > 0 && (i - 1) % WARPS == warp_idx {
-        let (slot, _, first) = tile_of(i - 1);
-        // SAFETY: as above.
-        unsafe { finish_features(h, sums, (i - 1) % 2, bias, slot * d_ff + first) };
-    }
-}
-
-/// Adds what the warps have of eight features, and writes their activations, from element `first` of `h` on.
-///
-/// # Safety
-///
-/// A whole warp is here, and the sums of tile parity `buffer`; the elements are this warp's alone.
-#[inline(always)]
-unsafe fn finish_features(h: Disjoint<u32>, sums: Shared<f32>, buffer: u32, bias: f32, first: u32) {
-    let lane = warp::lane_id();
-    let mut total = bias;
-    let mut w = 0;
-    while w < WARPS {
-        // SAFETY: the caller's promise.
-        total += unsafe { sums.read((buffer * 2 * THREADS + w * WARP_SIZE + lane) as usize) };
-        w += 1;
-    }
-    // SAFETY: the whole warp is here.
-    unsafe {
-        let up = warp::shuffle_xor(total, 1);
-        let value = swiglu::activation(total, up) * H_UNIT;
-        // Features f and f + 1 in a word, as B fragments have them.
-        let next = warp::shuffle_xor(value, 4);
-        if lane.is_multiple_of(8) {
-            let word = first / GROUP * 16 + 4 * (lane / 8) + first % GROUP / 8;
-            h.write(word as usize, pack_f16x2(value, next));
-        }
+        tile += WARPS * thread::grid_dim_x();
+        start(&mut runs, tile);
     }
 }
 
@@ -330,154 +275,121 @@ pub unsafe fn experts_token_down_mxfp4(
     let (slot, part) = (g & (slots - 1), g >> slots.trailing_zeros());
     let used = slot < n_used;
     let slot = slot.min(n_used - 1);
+    // A product is on the diagonal: that of row g and column g, or of row g + 8 and column g.
+    let mine = used && t == g / 2;
     let planes = Mxfp4::LAYOUT.planes(d_ff as usize, d_model as usize);
 
     let dynamic = dynamic_shared_array!(experts_token_down_ring: [u8; DOWN_SHARED as usize]);
-    let sums = shared_array!(experts_token_down_sums: [f32; SUMS]);
-    let thread = warp_idx * WARP_SIZE + lane;
-    let (block, n_blocks) = (thread::block_idx_x(), thread::grid_dim_x());
-    let n_tiles = d_model / ROWS;
-    // Bytes of a slot in a stage, and of its scales.
-    let slot_bytes = ROWS * 16 * n_groups;
-    let scale_bytes = (ROWS * n_groups + 31) & !15;
+    let stages = Stages { shared: dynamic, at: warp_idx * DOWN_BYTES };
+    let activations = shared_array!(experts_token_h: [u32; H_WORDS]);
+    let slot_words = n_runs * RUN * 16 + SLOT_PAD;
+    // Scales of a slot's two rows, from a multiple of 16 bytes on.
+    let room = (ROWS * n_groups + 31) & !15;
+    let scales_at = stages.at + RING_BYTES + slot * room;
 
     // SAFETY: once, by all threads.
     unsafe { grid::wait() };
-    // Equally many threads bring each slot.
-    let bringers = THREADS >> slots.trailing_zeros();
-    let brought = thread / bringers.max(1);
-    let bring_base = if brought < n_used { chosen[brought as usize] as usize * planes.end } else { 0 };
-    let copy = |i: u32| {
-        let o = (block + i * n_blocks) * ROWS;
-        if o < d_model && brought < n_used {
-            let at = i % DOWN_STAGES * DOWN_STAGE;
-            let scales_at = at + ROW_BYTES + brought * scale_bytes;
-            let own = thread - brought * bringers;
-            let from = bring_base + o as usize * (16 * n_groups) as usize;
-            let scales = bring_base + planes.scales + o as usize * n_groups as usize;
-            // SAFETY: rows and scales exist; the stage was read by all before the last barrier.
-            unsafe {
-                copy_bytes(dynamic, at + brought * slot_bytes, weight, from, slot_bytes, own, bringers);
-                copy_bytes(dynamic, scales_at, weight, scales, ROWS * n_groups, own, bringers);
-            }
-        }
-        cp_async::commit();
-    };
-    let mut i = 0;
-    while i < DOWN_STAGES - 1 {
-        copy(i);
-        i += 1;
-    }
-
     let expert = chosen[slot as usize];
     let slot_weight = if used { weights[slot as usize] } else { 0.0 };
-    // This warp's run of the lane's part, of which the activations are the same for all rows.
-    let run = part * steps + warp_idx;
-    let here = used && warp_idx < steps && run < n_runs;
-    let mut x = [[0; 4]; MXFP4_RUN];
-    let mut j = 0;
-    while j < MXFP4_RUN {
-        let group = run * RUN + j as u32;
-        if here && group < n_groups {
-            // SAFETY: the group exists; groups are 64 bytes, from multiples of as much on.
-            x[j] = unsafe { h.load16((slot * (d_ff / 2) + group * 16 + 4 * t) as usize) };
-        }
-        j += 1;
-    }
-    // What is added to the next tile that this warp finishes: biases in lanes on the diagonal, `out` itself in two others.
-    let mine = used && t == g / 2;
-    let offsets_of = |i: u32| {
-        let o = (block + i * n_blocks) * ROWS;
-        let mut offsets = [0.0; 2];
-        if o < d_model {
-            if mine && part == 0 && bias.len() > 0 {
-                let row = expert as usize * d_model as usize + o as usize;
-                offsets = [bias[row], bias[row + 1]];
-            } else if lane == OUT_LANE {
-                offsets = [out.read(o as usize), out.read(o as usize + 1)];
-            }
-        }
-        offsets
+    // SAFETY: the whole block is here, and nobody reads the memory.
+    unsafe { stage_activations(activations, h, n_used, d_ff, slot_words) };
+    let base = expert as usize * planes.end;
+    let row_bytes = 16 * n_groups;
+    let end = if used { ((part + 1) * steps).min(n_runs) } else { 0 };
+    let mut runs = Runs::new(n_groups, part * steps, end, t);
+    // All lanes take as many steps as those with the longest part.
+    runs.steps = steps.div_ceil(RUNS);
+    let n_tiles = d_model / ROWS;
+    let rows_of = |tile: u32| {
+        let o = tile * ROWS;
+        let from = base + o as usize * row_bytes as usize + (16 * t) as usize;
+        (o, [(weight, from), (weight, from + row_bytes as usize)])
     };
-    let mut offsets = offsets_of(warp_idx);
-    let finish = |i: u32, offsets: [f32; 2]| {
-        let mut total = [0.0; 2];
-        let mut w = 0;
-        while w < WARPS {
-            let at = i % 2 * 2 * THREADS + w * WARP_SIZE + lane;
-            // SAFETY: the sums of the tile are there.
+    let start = |runs: &mut Runs, tile: u32| {
+        if tile < n_tiles {
+            let (o, from) = rows_of(tile);
+            let scales = base + planes.scales + o as usize * n_groups as usize;
+            // SAFETY: the rows exist, and nobody uses this warp's shared memory.
             unsafe {
-                total[0] += sums.read(at as usize);
-                total[1] += sums.read((at + THREADS) as usize);
+                if used && part == 0 {
+                    // Eight times, for one lane in four at a time.
+                    let mut i = 0;
+                    while i < WARP_SIZE / 4 {
+                        copy_scales(dynamic, scales_at, weight, scales, ROWS * n_groups, 4 * i + t);
+                        i += 1;
+                    }
+                }
+                runs.start(&stages, from);
             }
-            w += 1;
         }
-        // A product is on the diagonal: that of row g and column g, or of row g + 8 and column g. Codes count 2⁻¹⁴ times
-        // their values, activations 2⁹ times.
+    };
+    let mut tile = warp_idx * thread::grid_dim_x() + thread::block_idx_x();
+    start(&mut runs, tile);
+    if tile < n_tiles {
+        cp_async::wait::<DEPTH>(); // The activations' copies are older than these.
+    } else {
+        cp_async::wait::<0>();
+    }
+    // SAFETY: the whole block is here.
+    unsafe { thread::sync_threads() };
+
+    while tile < n_tiles {
+        let (o, from) = rows_of(tile);
+        // What is added: biases in lanes on the diagonal, `out` itself in another.
+        let mut offsets = [0.0; 2];
+        if mine && part == 0 && bias.len() > 0 {
+            let row = expert as usize * d_model as usize + o as usize;
+            offsets = [bias[row], bias[row + 1]];
+        } else if lane == OUT_LANE {
+            offsets = [out.read(o as usize), out.read(o as usize + 1)];
+        }
+        let first = base + planes.scales + o as usize * n_groups as usize;
+        let scale_row = scales_at + first as u32 % 16;
+
+        let mut sums = [0.0; 2];
+        let mut step = 0;
+        while step < runs.steps {
+            // SAFETY: the whole warp is here.
+            let words = unsafe { runs.next(&stages, from, step) };
+            let mut k = 0;
+            while k < RUNS as usize {
+                // Weights that are not there are 0, whatever they are multiplied with.
+                let run = (runs.first + step * RUNS + k as u32).min(n_runs - 1);
+                let x = slot * slot_words + run * RUN * 16 + 4 * t;
+                let (scales, behind) = (scale_row + run * RUN, n_groups - 1 - run * RUN);
+                let mut j = 0;
+                while j < MXFP4_RUN {
+                    let scale = scales + (j as u32).min(behind);
+                    // SAFETY: scales have landed, activations are there, and whole warps are here.
+                    unsafe {
+                        let b = activations.load16(x as usize + 16 * j);
+                        let (upper, lower) = (mxfp4_pairs(words[k][0][j]), mxfp4_pairs(words[k][1][j]));
+                        let c = mma::m16n8k16_f16([upper[0], lower[0], upper[1], lower[1]], [b[0], b[1]], [0.0; 4]);
+                        let c = mma::m16n8k16_f16([upper[2], lower[2], upper[3], lower[3]], [b[2], b[3]], c);
+                        let c = if g % 2 == 0 { [c[0], c[2]] } else { [c[1], c[3]] };
+                        sums[0] += scale_of(dynamic.read(scale as usize)) * c[0];
+                        sums[1] += scale_of(dynamic.read((scale + n_groups) as usize)) * c[1];
+                    }
+                    j += 1;
+                }
+                k += 1;
+            }
+            step += 1;
+        }
+        // Codes count 2⁻¹⁴ times their values, activations 2⁹ times.
         let scaled = |r: usize| {
-            if mine { slot_weight * (total[r] * (CODE_UNIT / H_UNIT) + offsets[r]) } else { offsets[r] }
+            if mine { slot_weight * (sums[r] * (CODE_UNIT / H_UNIT) + offsets[r]) } else { offsets[r] }
         };
         // SAFETY: the whole warp is here.
         let (first, second) = unsafe { (warp::sum(scaled(0)), warp::sum(scaled(1))) };
         if lane < ROWS {
-            let o = (block + i * n_blocks) * ROWS + lane;
             // SAFETY: the element is this lane's alone.
-            unsafe { out.write(o as usize, if lane == 0 { first } else { second }) };
+            unsafe { out.write((o + lane) as usize, if lane == 0 { first } else { second }) };
         }
-    };
-
-    let mut i = 0;
-    while block + i * n_blocks < n_tiles {
-        // SAFETY: the whole block runs this loop in step.
-        unsafe {
-            cp_async::wait::<{ DOWN_STAGES - 2 }>();
-            thread::sync_threads();
-        }
-        copy(i + DOWN_STAGES - 1);
-        if i > 0 && (i - 1) % WARPS == warp_idx {
-            finish(i - 1, offsets);
-            offsets = offsets_of(i - 1 + WARPS);
-        }
-        let o = (block + i * n_blocks) * ROWS;
-        let at = i % DOWN_STAGES * DOWN_STAGE;
-        let shift = (planes.scales as u32 + o * n_groups) % 16;
-        let scales_at = at + ROW_BYTES + slot * scale_bytes + shift;
-        let rows_at = at + slot * slot_bytes;
-        let mut sum = [0.0; 2];
-        let mut words = [[0; 4]; 2];
-        if here {
-            // SAFETY: the tile has landed.
-            words = unsafe {
-                [run_words(dynamic, rows_at, n_groups, run), run_words(dynamic, rows_at + 16 * n_groups, n_groups, run)]
-            };
-        }
-        let mut j = 0;
-        while j < MXFP4_RUN {
-            // Weights and activations that are not there are 0.
-            let group = if here { (run * RUN + j as u32).min(n_groups - 1) } else { 0 };
-            // SAFETY: as above, and whole warps are here.
-            unsafe {
-                let (upper, lower) = (mxfp4_pairs(words[0][j]), mxfp4_pairs(words[1][j]));
-                let c = mma::m16n8k16_f16([upper[0], lower[0], upper[1], lower[1]], [x[j][0], x[j][1]], [0.0; 4]);
-                let c = mma::m16n8k16_f16([upper[2], lower[2], upper[3], lower[3]], [x[j][2], x[j][3]], c);
-                let c = if g % 2 == 0 { [c[0], c[2]] } else { [c[1], c[3]] };
-                sum[0] += scale_of(dynamic.read((scales_at + group) as usize)) * c[0];
-                sum[1] += scale_of(dynamic.read((scales_at + n_groups + group) as usize)) * c[1];
-            }
-            j += 1;
-        }
-        // SAFETY: each thread writes its own elements, which nobody reads before the next barrier.
-        unsafe {
-            let at = i % 2 * 2 * THREADS + thread;
-            sums.write(at as usize, sum[0]);
-            sums.write((at + THREADS) as usize, sum[1]);
-        }
-        i += 1;
-    }
-    // SAFETY: the whole block is here.
-    unsafe { thread::sync_threads() };
-    if i > 0 && (i - 1) % WARPS == warp_idx {
-        finish(i - 1, offsets);
+        // SAFETY: the whole warp is here, so nobody reads its shared memory any more.
+        unsafe { warp::sync() };
+        tile += WARPS * thread::grid_dim_x();
+        start(&mut runs, tile);
     }
 }
 
@@ -670,25 +582,69 @@ impl Routed {
     }
 }
 
-/// The words of lane t of run `run` of a row that starts at byte `at`; 0 for groups that it has not.
+/// Starts bringing `h` to shared memory, slot s from word `s · slot_words` on, with zeros behind its last group.
 ///
 /// # Safety
 ///
-/// The row is there.
+/// The whole block is here, and nobody reads `into`.
 #[inline(always)]
-unsafe fn run_words(shared: Shared<u8>, at: u32, n_groups: u32, run: u32) -> [u32; 4] {
-    let (t, first) = (warp::lane_id() % 4, run * RUN);
-    // SAFETY: the caller's promise; rows start at multiples of 16 bytes.
-    unsafe {
-        if first + RUN <= n_groups {
-            return shared.load16((at + run * RUN_BYTES + 16 * t) as usize);
+unsafe fn stage_activations(into: Shared<u32>, h: Global<u32>, n_used: u32, d_ff: u32, slot_words: u32) {
+    let thread = thread::thread_idx_y() * WARP_SIZE + thread::thread_idx_x();
+    let mut slot = 0;
+    while slot < n_used {
+        let mut i = 4 * thread;
+        while i < slot_words - SLOT_PAD {
+            // SAFETY: rows are whole groups, from multiples of 64 bytes on; each thread writes its own.
+            unsafe {
+                into.copy_async((slot * slot_words + i) as usize, h, (slot * d_ff / 2 + i) as usize, i < d_ff / 2);
+            }
+            i += 4 * THREADS;
         }
+        slot += 1;
+    }
+    cp_async::commit();
+}
+
+/// A warp's ring of weights, from byte `at` of the dynamic shared memory on.
+#[derive(Clone, Copy)]
+struct Stages {
+    shared: Shared<u8>,
+    at: u32,
+}
+
+impl Stages {
+    /// Where this thread's 16 bytes are of run k of a stage, in row `half` of its two.
+    #[inline(always)]
+    fn place(&self, step: u32, k: u32, half: u32) -> u32 {
+        self.at + step % DEPTH * STAGE_BYTES + (2 * k + half) * HALF_RUN + 16 * warp::lane_id()
+    }
+
+    /// This thread's four words of a whole run.
+    ///
+    /// # Safety
+    ///
+    /// Its copy has landed.
+    #[inline(always)]
+    unsafe fn words(&self, step: u32, k: u32, half: u32) -> [u32; 4] {
+        // SAFETY: the caller's promise.
+        unsafe { self.shared.load16(self.place(step, k, half) as usize) }
+    }
+
+    /// This thread's words of a run of only `width` groups, whose row four lanes copied 16 bytes each of; the others are 0.
+    ///
+    /// # Safety
+    ///
+    /// All copies have landed, and the warp is synchronized since.
+    #[inline(always)]
+    unsafe fn words_of_last(&self, step: u32, k: u32, half: u32, width: u32) -> [u32; 4] {
+        let t = warp::lane_id() % 4;
+        let at = self.place(step, k, half) - 16 * t + 4 * t * width;
         let mut words = [0; 4];
-        let left = n_groups.max(first) - first;
         let mut j = 0;
         while j < MXFP4_RUN {
-            if (j as u32) < left {
-                words[j] = shared.load4((at + run * RUN_BYTES + 4 * t * left) as usize + 4 * j);
+            if (j as u32) < width {
+                // SAFETY: the caller's promise.
+                words[j] = unsafe { self.shared.load4(at as usize + 4 * j) };
             }
             j += 1;
         }
@@ -696,28 +652,114 @@ unsafe fn run_words(shared: Shared<u8>, at: u32, n_groups: u32, run: u32) -> [u3
     }
 }
 
+/// A lane's runs of two rows, on their way through the ring.
+struct Runs {
+    /// The first run, and the one after the last.
+    first: u32,
+    end: u32,
+    /// Whole runs of a row, and groups of one behind them.
+    whole: u32,
+    left: u32,
+    /// The lane of the row's four.
+    t: u32,
+    /// Steps of [`RUNS`] runs.
+    steps: u32,
+}
+
+impl Runs {
+    #[inline(always)]
+    fn new(n_groups: u32, first: u32, end: u32, t: u32) -> Self {
+        let steps = (end.max(first) - first).div_ceil(RUNS);
+        Self { first, end, whole: n_groups / RUN, left: n_groups % RUN, t, steps }
+    }
+
+    /// Starts the copies of the first steps; `from`: the matrices, and this lane's piece of run 0 of each row.
+    ///
+    /// # Safety
+    ///
+    /// The rows exist; the ring is free.
+    #[inline(always)]
+    unsafe fn start(&mut self, stages: &Stages, from: [(Global<u8>, usize); 2]) {
+        let mut step = 0;
+        while step < DEPTH {
+            // SAFETY: the caller's promise.
+            unsafe { self.issue(stages, from, step) };
+            step += 1;
+        }
+    }
+
+    /// # Safety
+    ///
+    /// The rows exist; the stage has been read.
+    #[inline(always)]
+    unsafe fn issue(&self, stages: &Stages, from: [(Global<u8>, usize); 2], step: u32) {
+        let mut k = 0;
+        while k < RUNS {
+            let run = self.first + step * RUNS + k;
+            // Of a run that is not whole, as many lanes copy as it has groups.
+            if run < self.end && (run < self.whole || self.t < self.left) {
+                let mut half = 0;
+                while half < 2 {
+                    let (weight, from) = from[half as usize];
+                    let at = stages.place(step, k, half);
+                    // SAFETY: the bytes exist; pieces of 16 bytes lie at multiples of 16.
+                    unsafe { stages.shared.copy_async(at as usize, weight, from + (run * RUN_BYTES) as usize, true) };
+                    half += 1;
+                }
+            }
+            k += 1;
+        }
+        cp_async::commit();
+    }
+
+    /// Waits for a step's words, and starts the copies that take their place.
+    ///
+    /// # Safety
+    ///
+    /// The whole warp is here; [`start`](Self::start) was called, and this for all steps before.
+    #[inline(always)]
+    unsafe fn next(
+        &self,
+        stages: &Stages,
+        from: [(Global<u8>, usize); 2],
+        step: u32,
+    ) -> [[[u32; 4]; 2]; RUNS as usize] {
+        cp_async::wait::<{ DEPTH - 1 }>();
+        let mut words = [[[0; 4]; 2]; RUNS as usize];
+        // SAFETY: the copies have landed.
+        unsafe {
+            warp::sync(); // For scales and short runs lanes read what others copied.
+            let mut k = 0;
+            while k < RUNS {
+                let run = self.first + step * RUNS + k;
+                if run < self.end && run < self.whole {
+                    words[k as usize] = [stages.words(step, k, 0), stages.words(step, k, 1)];
+                } else if run < self.end {
+                    let of = |half| stages.words_of_last(step, k, half, self.left);
+                    words[k as usize] = [of(0), of(1)];
+                }
+                k += 1;
+            }
+            self.issue(stages, from, step + DEPTH);
+        }
+        words
+    }
+}
+
 /// Starts copying `bytes` bytes from `start` on, of any alignment, to byte `at` and further by as much as `start` is beyond
-/// a multiple of 16: this thread's share, 16 bytes of each `16 · threads`.
+/// a multiple of 16; every lane has its 16 bytes.
 ///
 /// # Safety
 ///
 /// The bytes exist, and those around them to multiples of 16; the room is free.
 #[inline(always)]
-unsafe fn copy_bytes(
-    into: Shared<u8>,
-    at: u32,
-    weight: Global<u8>,
-    start: usize,
-    bytes: u32,
-    thread: u32,
-    threads: u32,
-) {
+unsafe fn copy_scales(into: Shared<u8>, at: u32, weight: Global<u8>, start: usize, bytes: u32, lane: u32) {
     let before = start as u32 % 16;
-    let mut i = 16 * thread;
+    let mut i = 16 * lane;
     while i < before + bytes {
-        // SAFETY: the caller's promise.
+        // SAFETY: planes are whole multiples of 16 bytes.
         unsafe { into.copy_async((at + i) as usize, weight, start - before as usize + i as usize, true) };
-        i += 16 * threads;
+        i += 16 * WARP_SIZE;
     }
 }
 
