@@ -20,6 +20,7 @@ pub mod gelu;
 pub mod layer_norm;
 pub mod matmul;
 pub mod matvec;
+pub mod norm_rows;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
@@ -34,6 +35,9 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     embed::ENTRIES,
     matvec::ENTRIES,
     matmul::ENTRIES,
+    matmul::powers::ENTRIES,
+    matmul::rows::ENTRIES,
+    norm_rows::ENTRIES,
     attention::kv_append::ENTRIES,
     attention::decode::ENTRIES,
     attention::prefill::ENTRIES,
