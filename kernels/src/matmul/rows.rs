@@ -268,8 +268,8 @@ impl Plan {
     /// The plan for these sizes, each at least 1.
     pub const fn new(n_tokens: u32, n_in: u32, n_out: u32) -> Self {
         let shape = match n_tokens {
-            ..=16 => Shape::Skinny,
-            ..=192 => Shape::Narrow,
+            0..=16 => Shape::Skinny,
+            17..=192 => Shape::Narrow,
             _ => Shape::Wide,
         };
         let [_, _, _, blocks_per_sm] = shape.sizes();

@@ -82,7 +82,7 @@ pub(super) unsafe fn accumulate<
     first: u32,
     end: u32,
 ) -> [[[f32; 4]; NT]; MT] {
-    const { assert!(G == MT / WN as usize && MT % WN as usize == 0 && (DEPTH == 1 || DEPTH == 2)) };
+    const { assert!(G == MT / WN as usize && MT.is_multiple_of(WN as usize) && (DEPTH == 1 || DEPTH == 2)) };
     const { assert!(STAGES == 2 || STAGES == 3) };
     let threads = Tile::<MT, NT, WM, WN, STAGES>::THREADS;
     // The rows whose groups this thread decodes; those past the last repeat it, and their products are never written.
@@ -301,7 +301,7 @@ unsafe fn copy<const MT: usize, const NT: usize, const WM: u32, const WN: u32, c
     let k = step * STEP + 8 * chunk;
     // A register and no constant, so that LLVM keeps the loop: unrolled, its addresses would take the registers of the sums.
     let rows_apart = thread::block_dim_y() * 4;
-    const { assert!(Tile::<MT, NT, WM, WN, STAGES>::THREADS % 64 == 0, "the rows of a thread's pieces are equal mod 8") };
+    const { assert!(Tile::<MT, NT, WM, WN, STAGES>::THREADS.is_multiple_of(64), "a thread's rows are equal mod 8") };
     let mut half = tile + first * STEP + 8 * (chunk ^ (first % 8));
     let mut from = (seat.first_token + first) as usize * to.n_in as usize + k as usize;
     let mut row = first;
