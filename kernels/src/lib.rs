@@ -22,6 +22,7 @@ pub mod gelu;
 pub mod layer_norm;
 pub mod matmul;
 pub mod matvec;
+pub mod norm_rows;
 pub mod probe;
 pub mod rms_norm;
 pub mod rope;
@@ -38,6 +39,9 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     embed::ENTRIES,
     matvec::ENTRIES,
     matmul::ENTRIES,
+    matmul::powers::ENTRIES,
+    matmul::rows::ENTRIES,
+    norm_rows::ENTRIES,
     attention::kv_append::ENTRIES,
     attention::token::single::ENTRIES,
     attention::token::grouped::ENTRIES,

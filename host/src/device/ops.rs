@@ -10,7 +10,7 @@ use kernels::experts::{decode as one, grouped as grouped_experts, prefill as man
 use kernels::format::WeightFormat;
 use kernels::{
     argmax as argmax_kernel, candidates, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
-    rms_norm as rms_norm_kernel, rope as rope_kernel, router,
+    norm_rows, rms_norm as rms_norm_kernel, rope as rope_kernel, router,
 };
 
 use super::View;
@@ -289,6 +289,170 @@ pub fn linear_fused(
     let (gamma, beta, code) = (optional(gamma), optional(beta), epilogue.code());
     // SAFETY: as in `embed`.
     unsafe { matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code) }
+}
+
+/// Rows of f16 under a power of two each: what [`linear_rows`] multiplies.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// `[n_tokens, width]`, width a multiple of 8.
+    pub x: View<'a, f16>,
+    /// `[n_tokens]`: row t is `factors[t] · x[t]`.
+    pub factors: View<'a, f32>,
+}
+
+/// `rows[t] = γ · x[t] / √(mean(x[t]²) + ε)`.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn rms_norm_rows(
+    launcher: &dyn Launcher,
+    rows: Rows,
+    x: View<f32>,
+    gamma: View<f32>,
+    epsilon: f32,
+) -> Result<(), LaunchError> {
+    let launch = rows_launch(rows, x, gamma.len());
+    let (out, factors, x, gamma) = (rows.x.slice(), rows.factors.slice(), x.slice(), gamma.slice());
+    // SAFETY: as in `embed`.
+    unsafe { norm_rows::rms_norm_f16::run(launcher, launch, out, factors, x, gamma, epsilon) }
+}
+
+/// `rows[t] = γ · (x[t] − mean) / √(variance + ε) + β`.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn layer_norm_rows(
+    launcher: &dyn Launcher,
+    rows: Rows,
+    x: View<f32>,
+    gamma: View<f32>,
+    beta: View<f32>,
+    epsilon: f32,
+) -> Result<(), LaunchError> {
+    assert_eq!(beta.len(), gamma.len(), "lengths");
+    let launch = rows_launch(rows, x, gamma.len());
+    let (out, factors, x) = (rows.x.slice(), rows.factors.slice(), x.slice());
+    // SAFETY: as in `embed`.
+    unsafe { norm_rows::layer_norm_f16::run(launcher, launch, out, factors, x, gamma.slice(), beta.slice(), epsilon) }
+}
+
+/// `rows[t] = x[t]`, rows of `width`.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn to_rows(launcher: &dyn Launcher, rows: Rows, x: View<f32>, width: usize) -> Result<(), LaunchError> {
+    let launch = rows_launch(rows, x, width);
+    let (out, factors, x) = (rows.x.slice(), rows.factors.slice(), x.slice());
+    // SAFETY: as in `embed`.
+    unsafe { norm_rows::to_f16::run(launcher, launch, out, factors, x, width as u32) }
+}
+
+fn rows_launch(rows: Rows, x: View<f32>, width: usize) -> cuda_std::Launch {
+    let n_tokens = x.len() / width;
+    assert!(width.is_multiple_of(8), "width");
+    assert_eq!((rows.x.len(), rows.factors.len(), x.len()), (x.len(), n_tokens, n_tokens * width), "lengths");
+    norm_rows::launch(n_tokens as u32)
+}
+
+/// A matrix, and the powers of two that [`row_powers`] found for its rows.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "a format, a matrix, its powers, its widths")]
+pub struct RowsMatrix<'a> {
+    pub format: WeightFormat,
+    pub packed: View<'a, u8>,
+    /// `[n_out]`.
+    pub powers: View<'a, f32>,
+    pub n_in: usize,
+    pub n_out: usize,
+}
+
+/// Finds the powers of two of a matrix's rows, once when it is loaded, and sets `wide[0]`, 0 before, to 1 if the matrix is
+/// not for [`linear_rows`] but for [`linear`]: if f16 would lose bits of all of some 32 neighbours.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn row_powers(launcher: &dyn Launcher, matrix: RowsMatrix, wide: View<u32>) -> Result<(), LaunchError> {
+    matrix.assert_holds();
+    assert_eq!(wide.len(), 1, "flag");
+    let (powers, wide, weight) = (matrix.powers.slice(), wide.slice(), matrix.packed.slice());
+    let (i, o) = (matrix.n_in as u32, matrix.n_out as u32);
+    // SAFETY: as in `embed`.
+    unsafe { matmul::powers::run(matrix.format, launcher, powers, wide, weight, i, o) }
+}
+
+impl RowsMatrix<'_> {
+    fn assert_holds(&self) {
+        let Self { format, packed, powers, n_in, n_out } = *self;
+        assert_eq!(packed.len(), format.layout().planes(n_in, n_out).end, "weight length");
+        assert_eq!(powers.len(), n_out, "powers length");
+    }
+}
+
+/// Where blocks of [`linear_rows`] that share a tile meet.
+#[derive(Clone, Copy)]
+pub struct RowsWork<'a> {
+    /// [`rows_work_lens`]`.0` elements.
+    pub partial: View<'a, f32>,
+    /// [`rows_work_lens`]`.1` elements, 0 before the first use, and again after each.
+    pub counters: View<'a, u32>,
+}
+
+/// Elements that [`linear_rows`] needs in `partial` and `counters` for up to `max_tokens` tokens.
+pub fn rows_work_lens(max_tokens: usize, n_in: usize, n_out: usize) -> (usize, usize) {
+    let lens = |n_tokens: usize| {
+        let plan = matmul::rows::Plan::new(n_tokens as u32, n_in as u32, n_out as u32);
+        (plan.partial_len(), plan.counters_len())
+    };
+    (1..=max_tokens).map(lens).fold((0, 0), |(p, c), (partial, counters)| (p.max(partial), c.max(counters)))
+}
+
+/// `out[t] = epilogue(weight · rows[t] + bias)`, rows of `out` being `out_stride` elements apart; and `out16` the same in
+/// f16, where what exceeds 65504 is infinite. Either may be left out, `out` unless added to.
+///
+/// # Errors
+///
+/// Those of the launch.
+pub fn linear_rows(
+    launcher: &dyn Launcher,
+    out: Option<View<f32>>,
+    out_stride: usize,
+    out16: Option<View<f16>>,
+    matrix: RowsMatrix,
+    rows: Rows,
+    bias: Option<View<f32>>,
+    epilogue: Epilogue,
+    work: RowsWork,
+) -> Result<(), LaunchError> {
+    matrix.assert_holds();
+    let RowsMatrix { format, packed, powers, n_in, n_out } = matrix;
+    let n_tokens = rows.factors.len();
+    assert_eq!(rows.x.len(), n_tokens * n_in, "lengths");
+    let out_len = (n_tokens - 1) * out_stride + n_out;
+    assert!(out_stride >= n_out && out.is_none_or(|out| out.len() >= out_len), "output length");
+    assert!(out.is_some() || (out16.is_some() && epilogue != Epilogue::Add), "no output");
+    assert!(out16.is_none_or(|out| out.len() >= out_len), "output length");
+    assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
+    let plan = matmul::rows::Plan::new(n_tokens as u32, n_in as u32, n_out as u32);
+    assert!(work.partial.len() >= plan.partial_len() && work.counters.len() >= plan.counters_len(), "work lengths");
+    let arguments = matmul::rows::Arguments {
+        out: optional(out),
+        out16: out16.map_or(DeviceSlice::new(0, 0), |out| out.slice()),
+        weight: packed.slice(),
+        powers: powers.slice(),
+        x: rows.x.slice(),
+        factors: rows.factors.slice(),
+        bias: optional(bias),
+        partial: work.partial.slice(),
+        counters: work.counters.slice(),
+        out_stride: out_stride as u32,
+        epilogue: epilogue.code(),
+    };
+    // SAFETY: as in `embed`.
+    unsafe { matmul::rows::run(format, launcher, plan, &arguments) }
 }
 
 /// Writes the keys and values in `qkv` to their positions in the cache.
