@@ -245,6 +245,17 @@ impl<T: Plain> View<'_, T> {
 }
 
 impl<'a, T: Plain> View<'a, T> {
+    /// The same memory as elements of another type, as many as there is room for.
+    ///
+    /// # Panics
+    ///
+    /// If the first would not be aligned: the caller's bug.
+    pub fn cast<U: Plain>(self) -> View<'a, U> {
+        let (address, bytes) = (self.slice.address(), self.len() * size_of::<T>());
+        assert!(address.is_multiple_of(align_of::<U>() as u64), "alignment");
+        View { slice: DeviceSlice::new(address, bytes / size_of::<U>()), buffer: PhantomData }
+    }
+
     /// The bytes of its elements.
     pub fn bytes(self) -> View<'a, u8> {
         View { slice: DeviceSlice::new(self.slice.address(), self.len() * size_of::<T>()), buffer: PhantomData }

@@ -1,5 +1,6 @@
 //! The forward pass, and the state it moves: KV cache, position, the token to come.
 
+mod rows;
 mod token;
 
 use cuda_std::{LaunchError, Launcher, f16};
@@ -39,6 +40,8 @@ pub(super) struct Model {
     work: Workspace,
     /// What turned queries and keys are multiplied by.
     rope_magnitude: f32,
+    /// Whether some weights are too far apart for f16, so that prompts take the kernels that scale each group.
+    is_wide: bool,
 }
 
 enum LayerCache {
@@ -75,6 +78,15 @@ struct Workspace {
     arrived: Buffer<u32>,
     likeliest_logits: Buffer<f32>,
     likeliest_ids: Buffer<u32>,
+    /// Activations of many tokens before a product, the factor of each row, and factors of 1.
+    rows: Buffer<f16>,
+    factors: Buffer<f32>,
+    ones: Buffer<f32>,
+    /// Where blocks meet that share a product. Counters are zero between launches.
+    rows_partial: Buffer<f32>,
+    rows_counters: Buffer<u32>,
+    /// `[1]`: whether some matrix is wide.
+    wide: Buffer<u32>,
     /// What each part of one token's residual stream adds to the router's logits.
     parts: Buffer<f32>,
     /// Activations inside one token's experts, two f16 a word.
@@ -120,6 +132,12 @@ pub(super) fn new(
         partial: arena.buffer(sizes.partial),
         counters: arena.buffer(sizes.counters),
         parts: arena.buffer(sizes.parts),
+        rows: arena.buffer(sizes.rows),
+        factors: arena.buffer(sizes.tokens),
+        ones: arena.buffer(sizes.tokens),
+        rows_partial: arena.buffer(sizes.rows_partial),
+        rows_counters: arena.buffer(sizes.rows_counters),
+        wide: arena.buffer(1),
         token_h: arena.buffer(sizes.token_h),
         best_logits: arena.buffer(ops::ARGMAX_PARTS),
         best_ids: arena.buffer(ops::ARGMAX_PARTS),
@@ -136,10 +154,16 @@ pub(super) fn new(
     };
     work.counters.write(0, &vec![0; sizes.counters])?;
     work.arrived.write(0, &[0])?;
+    work.wide.write(0, &[0])?;
+    work.ones.write(0, &vec![1.0; sizes.tokens])?;
+    if sizes.rows_counters > 0 {
+        work.rows_counters.write(0, &vec![0; sizes.rows_counters])?;
+    }
     if !frequencies.is_empty() {
         work.frequencies.write(0, &frequencies)?;
     }
-    let model = Model { device, spec, options, weights, caches, work, rope_magnitude: magnitude as f32 };
+    let model =
+        Model { device, spec, options, weights, caches, work, rope_magnitude: magnitude as f32, is_wide: false };
     Ok(Engine {
         decode_graph: None,
         model,
@@ -161,12 +185,28 @@ impl Model {
         &self.weights
     }
 
+    /// Finds out what products with many tokens need to know of the weights, which are there by now.
+    fn measure_weights(&mut self) -> Result<(), Error> {
+        self.row_powers(&*self.device).map_err(device::Error::Launch)?;
+        self.is_wide = self.work.wide.read(0..1)?[0] != 0;
+        if self.is_wide && self.spec.layers.iter().any(|layer| self.qkv_matrices(layer).count() > 1) {
+            let what = "queries, keys and values of different types beside weights further apart than f16 reaches";
+            return Err(Error::NotYetRunnable { what });
+        }
+        Ok(())
+    }
+
+    fn row_powers(&self, launcher: &dyn Launcher) -> Result<(), LaunchError> {
+        self.weights.matrices().try_for_each(|matrix| ops::row_powers(launcher, matrix.rows(), self.work.wide.view()))
+    }
+
     /// Has the device make all kernels ready that steps launch.
     pub fn preload(&self) -> Result<(), device::Error> {
         let rows = self.work.tokens.len();
         self.device.preload(&mut |launcher| {
-            // One token, two, and many each have their kernels.
-            for n_tokens in [1, 2.min(rows), rows] {
+            self.row_powers(launcher)?;
+            // One token, a few and many each have their kernels.
+            for n_tokens in [1, 2, 40, 100, rows].map(|n| n.min(rows)) {
                 self.layers(launcher, n_tokens)?;
             }
             self.head(launcher, self.work.logits.view(), 0, 1)?;
@@ -179,6 +219,9 @@ impl Model {
     fn layers(&self, launcher: &dyn Launcher, n_tokens: usize) -> Result<(), LaunchError> {
         if n_tokens == 1 {
             return self.token_layers(launcher);
+        }
+        if !self.is_wide {
+            return self.rows_layers(launcher, n_tokens);
         }
         let (spec, work, weights) = (&self.spec, &self.work, &self.weights);
         let (d, q_width) = (spec.d_model, spec.n_head * spec.d_head);
@@ -219,6 +262,9 @@ impl Model {
         if n_rows == 1 {
             return self.token_head(launcher, logits, first);
         }
+        if !self.is_wide {
+            return self.rows_head(launcher, logits, first, n_rows);
+        }
         let d = self.spec.d_model;
         let x = self.work.x.view().part(first * d..(first + n_rows) * d);
         let normed = self.work.normed.view().part(0..n_rows * d);
@@ -247,7 +293,8 @@ impl Model {
 
     /// Queries, keys and values of all heads: one product, whether the file has one tensor or three.
     fn qkv(&self, launcher: &dyn Launcher, out: View<f32>, x: View<f32>, layer: &LayerSpec) -> Result<(), LaunchError> {
-        let Matrix { format, packed, n_in, n_out } = self.qkv_matrices(layer).next().expect("a fused tensor, or three");
+        let Matrix { format, packed, n_in, n_out, .. } =
+            self.qkv_matrices(layer).next().expect("a fused tensor, or three");
         let bias = self.qkv_bias(layer);
         ops::linear(launcher, out, *format, packed.view(), x, bias, *n_in, *n_out, Epilogue::Store)
     }
@@ -281,20 +328,7 @@ impl Model {
                 self.linear(launcher, x, inner, down, Epilogue::Add)
             }
             FfnSpec::MixtureOfExperts { router, n_expert, n_used, gate, up, down, activation: _ } => {
-                let n_pairs = n_tokens * n_used;
-                let expert_work = ExpertsWork {
-                    n_expert: *n_expert,
-                    n_used: *n_used,
-                    d_model,
-                    d_ff,
-                    logits: work.router_logits.view().part(0..n_tokens * n_expert),
-                    ids: work.expert_ids.view().part(0..n_pairs),
-                    weights: work.expert_weights.view().part(0..n_pairs),
-                    pairs: work.pairs.view().part(0..n_pairs),
-                    tiles: work.tiles.view().part(0..ops::expert_tiles_len(n_pairs, *n_expert)),
-                    h: work.inner.view().part(0..n_pairs * d_ff),
-                    y: work.expert_out.view().part(0..n_pairs * d_model),
-                };
+                let expert_work = self.experts_work(n_tokens, *n_expert, *n_used);
                 let vector = |id| self.weights.vector(id).view();
                 let matrix = |experts: &ExpertsSpec| {
                     let Experts { format, packed } = self.weights.experts(experts.weight);
@@ -303,6 +337,23 @@ impl Model {
                 ops::route(launcher, &expert_work, normed, vector(router.weight), router.bias.map(vector))?;
                 ops::experts(launcher, &expert_work, x, normed, matrix(gate), matrix(up), matrix(down))
             }
+        }
+    }
+
+    fn experts_work(&self, n_tokens: usize, n_expert: usize, n_used: usize) -> ExpertsWork<'_> {
+        let (work, d_model, d_ff, n_pairs) = (&self.work, self.spec.d_model, self.spec.d_ff, n_tokens * n_used);
+        ExpertsWork {
+            n_expert,
+            n_used,
+            d_model,
+            d_ff,
+            logits: work.router_logits.view().part(0..n_tokens * n_expert),
+            ids: work.expert_ids.view().part(0..n_pairs),
+            weights: work.expert_weights.view().part(0..n_pairs),
+            pairs: work.pairs.view().part(0..n_pairs),
+            tiles: work.tiles.view().part(0..ops::expert_tiles_len(n_pairs, n_expert)),
+            h: work.inner.view().part(0..n_pairs * d_ff),
+            y: work.expert_out.view().part(0..n_pairs * d_model),
         }
     }
 
@@ -321,6 +372,11 @@ impl Model {
 }
 
 impl Engine {
+    /// See [`Model::measure_weights`].
+    pub(super) fn measure_weights(&mut self) -> Result<(), Error> {
+        self.model.measure_weights()
+    }
+
     pub(super) fn model(&self) -> &Model {
         &self.model
     }

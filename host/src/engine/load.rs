@@ -9,6 +9,7 @@ use super::plan::{Stack, matrices, packing, vectors};
 use kernels::format::WeightFormat;
 
 use crate::adapter::{ModelSpec, TensorId};
+use crate::device::ops::{LinearMatrix, RowsMatrix};
 use crate::device::{Arena, Buffer, Device, Segment, View, upload};
 use crate::gguf::{self, TensorType};
 use crate::model_file::ModelFile;
@@ -21,8 +22,23 @@ const PART_BYTES: usize = 2 << 20;
 pub(super) struct Matrix {
     pub format: WeightFormat,
     pub packed: Buffer<u8>,
+    /// The power of two of each row, `[n_out]`, for products with many tokens.
+    pub powers: Buffer<f32>,
     pub n_in: usize,
     pub n_out: usize,
+}
+
+impl Matrix {
+    /// For a product with one token.
+    pub fn linear(&self) -> LinearMatrix<'_> {
+        LinearMatrix { format: self.format, packed: self.packed.view(), n_in: self.n_in, n_out: self.n_out }
+    }
+
+    /// For a product with many.
+    pub fn rows(&self) -> RowsMatrix<'_> {
+        let LinearMatrix { format, packed, n_in, n_out } = self.linear();
+        RowsMatrix { format, packed, powers: self.powers.view(), n_in, n_out }
+    }
 }
 
 /// The matrices of a layer's experts, one after the other, each in the layout the kernels of its type read.
@@ -48,6 +64,11 @@ impl DeviceWeights {
         self.matrices.get(&id)
     }
 
+    /// All matrices but those of experts.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        self.matrices.values()
+    }
+
     pub fn experts(&self, id: TensorId) -> &Experts {
         self.experts.get(&id).expect("the plan listed all experts of the spec")
     }
@@ -60,10 +81,11 @@ impl DeviceWeights {
 /// Room for every tensor of the plan; contents are undefined.
 pub(super) fn allocate(arena: &mut Arena, file: &ModelFile, spec: &ModelSpec) -> Result<DeviceWeights, Error> {
     let mut weights = DeviceWeights { matrices: HashMap::new(), experts: HashMap::new(), vectors: HashMap::new() };
-    for Stack { parts, n_in, n_out } in matrices(spec) {
+    for Stack { parts, n_in, n_out } in matrices(spec, file.tensors()) {
         let packing = packing(&file.tensors()[parts[0].0], n_in, n_out)?;
         let packed = arena.buffer(packing.n_bytes());
-        weights.matrices.insert(parts[0], Matrix { format: packing.format(), packed, n_in, n_out });
+        let powers = arena.buffer(n_out);
+        weights.matrices.insert(parts[0], Matrix { format: packing.format(), packed, powers, n_in, n_out });
     }
     for (experts, n_expert) in super::experts(spec) {
         let packing = packing(&file.tensors()[experts.weight.0], experts.n_in, experts.n_out)?;
@@ -86,7 +108,7 @@ pub(super) fn fill(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Error> {
     let mut jobs = Vec::new();
-    for Stack { parts, n_in, n_out } in matrices(spec) {
+    for Stack { parts, n_in, n_out } in matrices(spec, file.tensors()) {
         let packing = Arc::new(packing(&file.tensors()[parts[0].0], n_in, n_out)?);
         let mut first_row = 0;
         for &part in &parts {

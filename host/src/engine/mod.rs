@@ -178,6 +178,7 @@ impl Engine {
         });
         weights.0?;
         kernels.0?;
+        engine.measure_weights()?;
         engine.set_load_times(LoadTimes { weights: weights.1, kernels: kernels.1 });
         Ok(engine)
     }

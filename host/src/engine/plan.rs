@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Error, KvType, Options, ring};
-use crate::adapter::{FfnSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec, TensorId};
+use crate::adapter::{FfnSpec, LayerSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec, TensorId};
 use crate::device::ops::{self, AttentionShape};
 use crate::device::padded;
 use crate::gguf::{TensorInfo, TensorType};
@@ -12,7 +12,8 @@ use crate::weights::Packing;
 /// Bytes of device memory by purpose, each buffer's padding included. Exact: the engine makes one allocation of their sum.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// Weights by type in the file, largest first. Norms and biases, decoded to f32, count as F32.
+    /// Weights by type in the file, largest first. Norms and biases, decoded to f32, count as F32, and so does a power of two
+    /// for each row of a matrix.
     pub weights: Vec<(TensorType, u64)>,
     /// Keys and values of the layers that attend to the whole context.
     pub kv_full: u64,
@@ -33,6 +34,11 @@ pub(super) struct WorkspaceSizes {
     pub logits: usize,
     pub partial: usize,
     pub counters: usize,
+    /// Activations of many tokens before a product, f16.
+    pub rows: usize,
+    /// Where blocks meet that share a product: sums, and counters.
+    pub rows_partial: usize,
+    pub rows_counters: usize,
     /// Of a router's logits, for one token.
     pub parts: usize,
     /// Activations inside one token's experts.
@@ -56,6 +62,7 @@ impl WorkspaceSizes {
         let most = |len: fn(AttentionShape) -> usize| {
             spec.layers.iter().map(|layer| len(attention_shape(spec, options, layer))).max().unwrap_or_default()
         };
+        let (rows_partial, rows_counters) = rows_work_lens(spec, rows);
         Self {
             tokens: rows,
             x: rows * spec.d_model,
@@ -66,6 +73,9 @@ impl WorkspaceSizes {
             logits: spec.n_vocab,
             partial: most(ops::attention_partial_len),
             counters: most(ops::attention_counters_len),
+            rows: rows * spec.d_model.max(q_width),
+            rows_partial,
+            rows_counters,
             parts: if n_expert == 0 { 0 } else { ops::router_parts(q_width, spec.d_model) * (n_expert + 1) },
             token_h: n_used * spec.d_ff / 2,
             likeliest: ops::n_likeliest(spec.n_vocab),
@@ -84,8 +94,31 @@ impl WorkspaceSizes {
         let lists = [self.pairs, self.pairs, self.pairs, self.tiles, self.counters, self.parts, self.token_h];
         let experts = [self.router_logits, self.expert_out];
         let others = [2 * self.frequencies, 1, ops::ARGMAX_PARTS, ops::ARGMAX_PARTS, 1, self.likeliest, self.likeliest];
-        dense.iter().chain(&lists).chain(&experts).chain(&others).map(|&words| padded(4 * words) as u64).sum()
+        // Rows are f16; their factors, and those of 1, are as many as tokens.
+        let rows = [self.rows.div_ceil(2), self.tokens, self.tokens, self.rows_partial, self.rows_counters, 1];
+        dense
+            .iter()
+            .chain(&lists)
+            .chain(&experts)
+            .chain(&others)
+            .chain(&rows)
+            .map(|&words| padded(4 * words) as u64)
+            .sum()
     }
+}
+
+/// What products with up to `rows` tokens need to share tiles.
+fn rows_work_lens(spec: &ModelSpec, rows: usize) -> (usize, usize) {
+    let mut shapes: Vec<[usize; 2]> = super::linears(spec).map(|linear| [linear.n_in, linear.n_out]).collect();
+    // Queries, keys and values are one product or three.
+    for layer in &spec.layers {
+        shapes.extend(layer.qkv.linears().map(|part| [part.n_in, part.n_out]));
+        shapes.push([spec.d_model, layer.qkv.linears().map(|part| part.n_out).sum()]);
+    }
+    shapes.sort_unstable();
+    shapes.dedup();
+    let lens = |[n_in, n_out]: [usize; 2]| ops::rows_work_lens(rows, n_in, n_out);
+    shapes.into_iter().map(lens).fold((0, 0), |(p, c), (partial, counters)| (p.max(partial), c.max(counters)))
 }
 
 /// What attention is told of a layer.
@@ -131,17 +164,22 @@ pub(super) struct Stack {
 }
 
 /// Every matrix in some product or look-up, each once; experts are [`super::experts`].
-pub(super) fn matrices(spec: &ModelSpec) -> Vec<Stack> {
+pub(super) fn matrices(spec: &ModelSpec, tensors: &[TensorInfo]) -> Vec<Stack> {
     let mut matrices = vec![Stack { parts: vec![spec.token_embedding], n_in: spec.d_model, n_out: spec.n_vocab }];
     for linear in super::linears(spec) {
         matrices.push(Stack { parts: vec![linear.weight], n_in: linear.n_in, n_out: linear.n_out });
     }
-    // Queries, keys and values make one product, whether the file has one tensor or three.
-    matrices.extend(spec.layers.iter().map(|layer| Stack {
-        parts: layer.qkv.linears().map(|part| part.weight).collect(),
-        n_in: spec.d_model,
-        n_out: layer.qkv.linears().map(|part| part.n_out).sum(),
-    }));
+    // Queries, keys and values make one product, whether the file has one tensor or three, unless their types differ.
+    for layer in &spec.layers {
+        let parts: Vec<&LinearSpec> = layer.qkv.linears().collect();
+        let ty = |part: &LinearSpec| tensors[part.weight.0].ty;
+        let stacks = parts.chunk_by(|a, b| parts.iter().all(|part| ty(part) == ty(a)) && ty(a) == ty(b));
+        matrices.extend(stacks.map(|stack| Stack {
+            parts: stack.iter().map(|part| part.weight).collect(),
+            n_in: spec.d_model,
+            n_out: stack.iter().map(|part| part.n_out).sum(),
+        }));
+    }
     // A tied head is the token embedding again.
     matrices.sort_unstable();
     matrices.dedup();
@@ -198,11 +236,9 @@ impl MemoryPlan {
             Some((_, sum)) => *sum += bytes,
             None => by_type.push((ty, bytes)),
         };
-        for Stack { parts, n_in, n_out } in matrices(spec) {
+        for Stack { parts, n_in, n_out } in matrices(spec, tensors) {
             let tensor = &tensors[parts[0].0];
-            if parts.iter().any(|part| tensors[part.0].ty != tensor.ty) {
-                return Err(Error::NotYetRunnable { what: "queries, keys and values of different types" });
-            }
+            add(TensorType::F32, padded(4 * n_out) as u64);
             add(tensor.ty, padded(packing(tensor, n_in, n_out)?.n_bytes()) as u64);
         }
         for layer in &spec.layers {

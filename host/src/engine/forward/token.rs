@@ -7,16 +7,10 @@ use super::Model;
 use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, NormSpec};
 use crate::device::View;
 use crate::device::ops::{
-    self, Epilogue, ExpertsMatrix, LinearMatrix, Norm, Rotation, RouterFinish, RouterParts, TokenExperts, TokenWork,
+    self, Epilogue, ExpertsMatrix, Norm, Rotation, RouterFinish, RouterParts, TokenExperts, TokenWork,
 };
 use crate::engine::load::{Experts, Matrix};
 use crate::engine::plan::attention_shape;
-
-impl Matrix {
-    fn linear(&self) -> LinearMatrix<'_> {
-        LinearMatrix { format: self.format, packed: self.packed.view(), n_in: self.n_in, n_out: self.n_out }
-    }
-}
 
 impl Model {
     /// The token in `work.tokens` through all layers: into `work.x`, and its keys and values into the cache.
