@@ -39,30 +39,29 @@ fn rows_of_one_group_to_several_runs() {
 }
 
 #[test]
-fn rows_not_a_multiple_of_a_tile() {
-    for n_out in [2, 14, 26] {
-        // Of `down` alone: in a layer d_model is a multiple of 32.
-        let layer = Layer { d_model: n_out, ..Layer::of(3, 64, 32, 64, n_out) };
-        layer.check_down(&[2, 0], 3);
+fn tiles_not_a_multiple_of_those_added_up_together() {
+    // Of `down` alone: in a layer d_model is a multiple of 32.
+    for (n_out, n_blocks) in [(8, 1), (24, 2), (40, 1), (72, 2), (136, 3)] {
+        let layer = Layer { d_model: n_out, ..Layer::of(3, 64, 32, 544, n_out) };
+        layer.check_down(&[2, 0, 1], n_blocks);
     }
 }
 
 #[test]
 fn warps_with_several_tiles() {
-    // One block: 12 warps share 48 tiles one way and 64 the other.
+    // One block: 11 warps share 48 tiles one way.
     Layer::new(4, 128, 192).check(2, 1, 1);
     Layer::new(4, 160, 64).check(4, 1, 2);
 }
 
 #[test]
 fn the_widest_layers_that_fit() {
-    assert!(fits(32, 4, 4096, 4096) && !fits(32, 4, 4128, 64) && !fits(32, 8, 64, 2080) && !fits(129, 4, 64, 64));
-    let layer = Layer::of(2, 4096, 32, 32, 32);
-    layer.check_gate_up(1, 2, 1);
-    let layer = Layer::of(8, 32, 32, 2048, 32);
-    layer.check_down(&[7, 6, 5, 4, 3, 2, 1, 0], 1);
-    let layer = Layer::of(1, 32, 32, 16384, 32);
-    layer.check_down(&[0], 1);
+    assert!(fits(128, 4, 4096, 4608) && fits(32, 8, 64, 2304) && fits(32, 1, 64, 9216));
+    assert!(!fits(32, 4, 4128, 64) && !fits(32, 3, 64, 4640) && !fits(32, 7, 64, 2336) && !fits(32, 1, 64, 9248));
+    assert!(!fits(129, 4, 64, 64) && !fits(32, 9, 64, 64));
+    Layer::of(2, 4096, 32, 32, 32).check_gate_up(1, 2, 1);
+    Layer::of(8, 32, 32, 2304, 32).check_down(&[7, 6, 5, 4, 3, 2, 1, 0], 1);
+    Layer::of(1, 32, 32, 9216, 32).check_down(&[0], 1);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use gpt_gamma::gguf::TensorType;
 use gpt_gamma::weights::{Error, Packing};
 
 /// Rows and blocks of a row: one, one off eight and off sixteen, many.
-const SHAPES: [(usize, usize); 7] = [(1, 1), (3, 7), (2, 9), (5, 8), (1, 17), (9, 24), (3, 90)];
+const SHAPES: [(usize, usize); 7] = [(1, 1), (3, 7), (2, 9), (5, 8), (1, 17), (9, 24), (19, 90)];
 
 #[test]
 fn unpacking_undoes_repacking() {
@@ -46,11 +46,13 @@ fn only_the_ends_of_four_planes_are_padded() {
 #[test]
 fn rows_at_a_time_make_the_same_matrix() {
     for &ty in TensorType::SUPPORTED {
-        let n_out = 11;
+        let n_out = 19;
         let (packing, source) = matrix(ty, n_out, 9);
         // Poison: every byte of the matrix must come from some segment.
         let mut found = vec![0xaa; packing.n_bytes()];
-        for rows in [0..4, 4..5, 5..5, 5..n_out] {
+        let together = packing.rows_together();
+        let some = if together == 1 { [0..4, 4..5, 5..5, 5..n_out] } else { [0..8, 8..8, 8..16, 16..n_out] };
+        for rows in some {
             let mut part = vec![0x55; packing.rows_bytes(rows.clone())];
             let row_bytes = packing.row_bytes();
             let source = &source[rows.start * row_bytes..rows.end * row_bytes];
@@ -64,32 +66,38 @@ fn rows_at_a_time_make_the_same_matrix() {
 
 #[test]
 fn words_of_mxfp4_hold_the_codes_of_two_fragments() {
-    // Five groups: a run of four and one of one. Element i of group k has code 2 k + i mod 16.
-    let packing = Packing::new(TensorType::MXFP4, 5 * 32, 1).unwrap();
-    let code = |group: usize, i: usize| ((2 * group + i) % 16) as u8;
+    // Five groups: a run of four and one of one. Ten rows: eight together, and two.
+    let (n_groups, n_out) = (5, 10);
+    let packing = Packing::new(TensorType::MXFP4, n_groups * 32, n_out).unwrap();
+    let code = |row: usize, group: usize, i: usize| ((5 * row + 2 * group + i) % 16) as u8;
     let mut source = Vec::new();
-    for group in 0..5 {
-        source.push(100 + group as u8);
-        source.extend((0..16).map(|j| code(group, j) | code(group, 16 + j) << 4));
+    for (row, group) in (0..n_out).flat_map(|row| (0..n_groups).map(move |group| (row, group))) {
+        source.push((10 * row + group) as u8);
+        source.extend((0..16).map(|j| code(row, group, j) | code(row, group, 16 + j) << 4));
     }
     let packed = repacked(&packing, &source);
-    for group in 0..5 {
-        let (run, lane, width) = if group < 4 { (0, group, 4) } else { (64, 0, 1) };
+    for (row, group) in (0..n_out).flat_map(|row| (0..n_groups).map(move |group| (row, group))) {
+        let (first, height, row_of) = if row < 8 { (0, 8, row) } else { (8 * 80, 2, row - 8) };
+        let (run, lane, width) = if group < 4 { (0, group, 4) } else { (64 * height, 0, 1) };
         for t in 0..4 {
-            let at = run + 4 * (t * width + lane);
+            let at = first + run + 16 * width * row_of + 4 * (t * width + lane);
             let word = u32::from_le_bytes(packed[at..at + 4].try_into().unwrap());
             // Sign and the other three bits of four codes, in each half.
             let places = [(0, 15, 9), (8, 12, 6), (16, 14, 3), (24, 13, 0)];
             let half = |h: usize| {
                 places.iter().fold(0, |half, &(first, sign, rest)| {
-                    let code = u32::from(code(group, first + 2 * t + h));
+                    let code = u32::from(code(row, group, first + 2 * t + h));
                     half | code >> 3 << sign | (code & 7) << rest
                 })
             };
-            assert_eq!(word, half(0) | half(1) << 16, "group {group}, word {t}");
+            assert_eq!(word, half(0) | half(1) << 16, "row {row}, group {group}, word {t}");
         }
     }
-    assert_eq!(packed[128..133], [100, 101, 102, 103, 104]);
+    // 800 bytes of quants are padded to 896. Scales of a run are a row's next to the other's.
+    let scales = &packed[896..];
+    assert_eq!(scales[..6], [0, 1, 2, 3, 10, 11]);
+    assert_eq!(scales[32..40], [4, 14, 24, 34, 44, 54, 64, 74]);
+    assert_eq!(scales[40..50], [80, 81, 82, 83, 90, 91, 92, 93, 84, 94]);
 }
 
 #[test]
@@ -106,6 +114,14 @@ fn scales_of_mxfp4_that_are_no_number_are_refused() {
     // 255 is a number elsewhere.
     let packing = Packing::new(TensorType::Q8_0, 96, 1).unwrap();
     assert_eq!(packing.check_rows(0, &[255; 102]), Ok(()));
+}
+
+#[test]
+#[should_panic(expected = "are not whole")]
+fn rows_that_lie_together_are_repacked_together() {
+    let (packing, source) = matrix(TensorType::MXFP4, 16, 3);
+    let mut part = vec![0; packing.rows_bytes(0..9)];
+    packing.repack_rows(0..9, &source[..9 * packing.row_bytes()], &mut part);
 }
 
 #[test]

@@ -169,7 +169,8 @@ fn add_rows<'a>(
     rows: Range<usize>,
     into: View<'a, u8>,
 ) {
-    let step = (PART_BYTES / packing.row_bytes()).max(1);
+    // Parts of a stack are whole heads, and those a multiple of eight rows.
+    let step = (PART_BYTES / packing.row_bytes()).max(1).next_multiple_of(packing.rows_together());
     for first in rows.clone().step_by(step) {
         let part = first..rows.end.min(first + step);
         let source =

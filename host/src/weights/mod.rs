@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use crate::gguf::TensorType;
 use fields::{Field, Plane};
-use kernels::format::{Layout, WeightFormat, chunk_offset};
+use kernels::format::{Layout, MXFP4_ROWS, WeightFormat, chunk_offset};
 
 /// Why a matrix cannot be repacked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -97,6 +97,11 @@ impl Packing {
         self.blocks_per_row() * self.block_bytes
     }
 
+    /// [`repack_rows`](Self::repack_rows) takes so many rows or a multiple, but for the matrix's last.
+    pub fn rows_together(&self) -> usize {
+        if self.format == WeightFormat::Mxfp4 { MXFP4_ROWS } else { 1 }
+    }
+
     /// Bytes that [`repack_rows`](Self::repack_rows) writes.
     pub fn rows_bytes(&self, rows: Range<usize>) -> usize {
         Plane::ALL.map(|plane| self.plane_range(plane, &rows).len()).iter().sum()
@@ -137,10 +142,12 @@ impl Packing {
     ///
     /// # Panics
     ///
-    /// If `rows` are not rows of the matrix, `source` is not [`row_bytes`](Self::row_bytes) for each of them, or `into` not
+    /// If `rows` are not rows of the matrix, or not whole [`rows_together`](Self::rows_together); if `source` is not [`row_bytes`](Self::row_bytes) for each of them, or `into` not
     /// [`rows_bytes`](Self::rows_bytes).
     pub fn repack_rows(&self, rows: Range<usize>, source: &[u8], into: &mut [u8]) -> Vec<Segment> {
         assert!(rows.start <= rows.end && rows.end <= self.n_out, "rows {rows:?} of {}", self.n_out);
+        let whole = |row: usize| row.is_multiple_of(self.rows_together());
+        assert!(whole(rows.start) && (whole(rows.end) || rows.end == self.n_out), "rows {rows:?} are not whole");
         assert_eq!(source.len(), rows.len() * self.row_bytes(), "bytes of {rows:?} in the file");
         assert_eq!(into.len(), self.rows_bytes(rows.clone()), "bytes of {rows:?} repacked");
         if self.format == WeightFormat::Mxfp4 {
@@ -169,10 +176,7 @@ impl Packing {
     fn repack_mxfp4(&self, rows: &Range<usize>, source: &[u8], into: &mut [u8]) {
         let (quants, scales) = into.split_at_mut(self.plane_range(Plane::Quants, rows).len());
         let n_groups = self.blocks_per_row();
-        let packed = quants.chunks_mut(16 * n_groups).zip(scales.chunks_mut(n_groups));
-        for (row, (quants, scales)) in source.chunks_exact(self.row_bytes()).zip(packed) {
-            mxfp4::pack_row(row, quants, scales);
-        }
+        mxfp4::pack(source, n_groups, &mut quants[..rows.len() * 16 * n_groups], &mut scales[..rows.len() * n_groups]);
         quants[rows.len() * 16 * n_groups..].fill(0);
         scales[rows.len() * n_groups..].fill(0);
     }
@@ -187,11 +191,7 @@ impl Packing {
         assert_eq!(into.len(), self.n_out * self.row_bytes(), "bytes of the matrix in the file");
         if self.format == WeightFormat::Mxfp4 {
             let (quants, scales) = packed.split_at(self.plane_range(Plane::Quants, &(0..self.n_out)).len());
-            let n_groups = self.blocks_per_row();
-            let packed = quants.chunks(16 * n_groups).zip(scales.chunks(n_groups));
-            for ((quants, scales), row) in packed.zip(into.chunks_exact_mut(self.row_bytes())) {
-                mxfp4::unpack_row(quants, scales, row);
-            }
+            mxfp4::unpack(quants, scales, self.blocks_per_row(), into);
             return;
         }
         into.fill(0);

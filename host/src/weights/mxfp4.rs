@@ -3,48 +3,58 @@
 //! Half `i` of a group's sixteen bytes in the plane, `i < 8`, takes its four codes from bytes `i` and `8 + i` of the file:
 //! both directions permute the bits of 16-bit lanes, which compilers turn into vector instructions.
 
-use kernels::format::{MXFP4_RUN, mxfp4_word};
+use kernels::format::{MXFP4_ROWS, MXFP4_RUN, Mxfp4Place};
 
 /// Bytes of a block in the file: the scale, then 32 codes.
 const BLOCK_BYTES: usize = 17;
 /// The E8M0 scale that is no number.
-pub(super) const NAN_SCALE: u8 = 255;
+const NAN_SCALE: u8 = 255;
 
-/// Writes the quants and scales of the blocks of one row.
-pub(super) fn pack_row(row: &[u8], quants: &mut [u8], scales: &mut [u8]) {
-    let (runs, rest) = row.as_chunks::<{ BLOCK_BYTES * MXFP4_RUN }>();
-    let (packed_runs, packed_rest) = quants.as_chunks_mut::<{ 16 * MXFP4_RUN }>();
-    let (run_scales, rest_scales) = scales.as_chunks_mut::<MXFP4_RUN>();
-    for ((run, packed), scales) in runs.iter().zip(packed_runs).zip(run_scales) {
-        // Of constant length, this is unrolled.
-        pack_run(run, packed, scales);
+/// Writes the quants and scales of rows of `n_groups` blocks, the first of which is the first of eight, and the last the
+/// last of eight or of the matrix.
+pub(super) fn pack(rows: &[u8], n_groups: usize, quants: &mut [u8], scales: &mut [u8]) {
+    let row_bytes = BLOCK_BYTES * n_groups;
+    let packed = quants.chunks_mut(16 * MXFP4_ROWS * n_groups).zip(scales.chunks_mut(MXFP4_ROWS * n_groups));
+    for (rows, (quants, scales)) in rows.chunks(MXFP4_ROWS * row_bytes).zip(packed) {
+        let height = rows.len() / row_bytes;
+        for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
+            let (runs, rest) = row.as_chunks::<{ BLOCK_BYTES * MXFP4_RUN }>();
+            for (i, run) in runs.iter().enumerate() {
+                let first = (i * height + r) * MXFP4_RUN;
+                // Of constant length, this is unrolled.
+                pack_run(run, MXFP4_RUN, &mut quants[16 * first..16 * (first + MXFP4_RUN)], &mut scales[first..]);
+            }
+            let width = rest.len() / BLOCK_BYTES;
+            let first = runs.len() * MXFP4_RUN * height + r * width;
+            pack_run(rest, width, &mut quants[16 * first..16 * (first + width)], &mut scales[first..]);
+        }
     }
-    pack_run(rest, packed_rest, rest_scales);
 }
 
 #[inline(always)]
-fn pack_run(blocks: &[u8], packed: &mut [u8], scales: &mut [u8]) {
-    let n_groups = scales.len();
+fn pack_run(blocks: &[u8], width: usize, quants: &mut [u8], scales: &mut [u8]) {
     for (j, (block, scale)) in blocks.as_chunks::<BLOCK_BYTES>().0.iter().zip(scales).enumerate() {
         let [first, codes @ ..] = block;
         *scale = *first;
-        for (t, word) in pack(codes).as_chunks::<4>().0.iter().enumerate() {
-            let at = mxfp4_word(n_groups, j, t);
-            packed[at..at + 4].copy_from_slice(word);
+        for (t, word) in pack_codes(codes).as_chunks::<4>().0.iter().enumerate() {
+            let at = 4 * (t * width + j);
+            quants[at..at + 4].copy_from_slice(word);
         }
     }
 }
 
-/// The way back.
-pub(super) fn unpack_row(quants: &[u8], scales: &[u8], row: &mut [u8]) {
-    for (group, block) in row.chunks_exact_mut(BLOCK_BYTES).enumerate() {
-        block[0] = scales[group];
+/// The way back, for a whole matrix.
+pub(super) fn unpack(quants: &[u8], scales: &[u8], n_groups: usize, rows: &mut [u8]) {
+    let n_out = rows.len() / (BLOCK_BYTES * n_groups);
+    for (i, block) in rows.chunks_exact_mut(BLOCK_BYTES).enumerate() {
+        let place = Mxfp4Place::new(n_groups, n_out, i / n_groups, i % n_groups);
+        block[0] = scales[place.scale()];
         let mut packed = [0; 16];
         for (t, word) in packed.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            let at = mxfp4_word(scales.len(), group, t);
+            let at = place.word(t);
             word.copy_from_slice(&quants[at..at + 4]);
         }
-        block[1..].copy_from_slice(&unpack(&packed));
+        block[1..].copy_from_slice(&unpack_codes(&packed));
     }
 }
 
@@ -53,7 +63,7 @@ pub(super) fn nan_block(rows: &[u8]) -> Option<usize> {
     rows.chunks_exact(BLOCK_BYTES).position(|block| block[0] == NAN_SCALE)
 }
 
-fn pack(codes: &[u8; 16]) -> [u8; 16] {
+fn pack_codes(codes: &[u8; 16]) -> [u8; 16] {
     // Lanes of 16 bits; from the low bits on: a, c, b, d, a sign above three bits each.
     let mut lanes: [u16; 8] = std::array::from_fn(|i| u16::from_le_bytes([codes[i], codes[8 + i]]));
     for z in &mut lanes {
@@ -70,7 +80,7 @@ fn pack(codes: &[u8; 16]) -> [u8; 16] {
     packed
 }
 
-fn unpack(packed: &[u8; 16]) -> [u8; 16] {
+fn unpack_codes(packed: &[u8; 16]) -> [u8; 16] {
     let mut codes = [0; 16];
     for (i, half) in packed.as_chunks::<2>().0.iter().enumerate() {
         let p = u16::from_le_bytes(*half);

@@ -502,15 +502,18 @@ impl Block {
         let row = thread::thread_idx_x();
         let half = row / HALF_ROWS;
         let lead = if half == 0 { self.scales_of(0).1 } else { self.scales_of(1).1 };
-        let bytes = 4 * RAW + half * RAW_BYTES + lead + row % HALF_ROWS * self.n_groups;
+        let octet = 4 * RAW + half * RAW_BYTES + lead + row % HALF_ROWS / 8 * (8 * self.n_groups);
         let n_words = self.n_groups.div_ceil(STEP_GROUPS);
         let scales = |word: u32| {
-            let (at, shift) = ((bytes / 4 + word) as usize, bytes % 4 * 8);
+            // Eight rows interleave their runs.
+            let width = (self.n_groups - word * STEP_GROUPS).min(STEP_GROUPS);
+            let bytes = octet + 8 * STEP_GROUPS * word + row % 8 * width;
+            let (at, shift) = ((bytes / 4) as usize, bytes % 4 * 8);
             // SAFETY: they have arrived, with a word behind the last.
             let [low, high] = unsafe { [self.shared.read(at), self.shared.read(at + 1)] };
             let four = ((u64::from(high) << 32 | u64::from(low)) >> shift) as u32;
             // What follows the row's last scale is another row's.
-            let n_others = 4 - (self.n_groups - word * STEP_GROUPS).min(4);
+            let n_others = STEP_GROUPS - width;
             four << (8 * n_others) >> (8 * n_others)
         };
         let mut top = 0;
@@ -561,12 +564,15 @@ impl Block {
         let (row, chunk) = (thread / 4, step * STEP_GROUPS + thread % 4);
         if chunk < self.n_groups {
             let row_words = (4 * self.n_groups) as usize;
+            let width = (self.n_groups - step * STEP_GROUPS).min(STEP_GROUPS);
             let mut i = 0;
             while i < 4 {
                 let (half, first) = (i / 2, self.first_rows[i / 2] + i as u32 % 2 * 32);
                 // Instead of rows past the last come others: their products are never written.
                 let source_row = if first < self.n_out { first + row } else { row };
-                let from = source_row as usize * row_words + 4 * chunk as usize;
+                // Eight rows interleave their runs.
+                let in_run = step * 8 * ROW_WORDS + (source_row % 8 * width + thread % 4) * 4;
+                let from = (source_row / 8) as usize * (8 * row_words) + in_run as usize;
                 let to = stage + (32 * i as u32 + row) * ROW_WORDS + 4 * (thread % 4);
                 // SAFETY: the row has these words; the place is this thread's.
                 unsafe { self.shared.copy_async(to as usize, self.matrices[half], from, true) };

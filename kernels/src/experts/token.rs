@@ -1,10 +1,9 @@
 //! One token through experts of MXFP4 on tensor cores: the router's end and two kernels, at the speed of memory.
 //!
-//! Both kernels give each warp whole products and keep warps apart: a warp brings its own weights to its own part of shared
-//! memory, [`DEPTH`] runs of 128 elements ahead, a thread exactly the bytes that it reads. There is no barrier but those for
-//! activations, and all warps of the grid finish together: tiles are small enough to be dealt out evenly.
+//! Both kernels keep warps apart: a warp streams its own weights through its own ring in shared memory, in the order in which
+//! they lie in device memory, a thread exactly the bytes that it reads. Tiles are small enough to be dealt out evenly.
 
-use crate::format::{Format, GROUP, MXFP4_RUN, Mxfp4, mxfp4_pairs};
+use crate::format::{Format, GROUP, MXFP4_ROWS, MXFP4_RUN, Mxfp4, mxfp4_pairs};
 use crate::router::{MAX_EXPERTS, MAX_USED, order};
 use crate::swiglu;
 use cuda_std::warp::WARP_SIZE;
@@ -15,51 +14,49 @@ use cuda_std::{
     thread, warp,
 };
 
-/// Warps of a block. Eleven tiles for each of 132 SMs are what 2880 features of four experts make, of either kernel.
-const WARPS: u32 = 11;
-const THREADS: u32 = WARPS * WARP_SIZE;
-/// The widest rows of `gate` and `up`.
-pub const MAX_D_MODEL: u32 = 4096;
-/// The most activations of all slots together, `n_used · d_ff`.
-pub const MAX_ACTIVATIONS: u32 = 16384;
-
 const RUN: u32 = MXFP4_RUN as u32;
-/// Bytes of a row's run.
-const RUN_BYTES: u32 = 16 * RUN;
-/// Runs that are asked for together, and so often under way: with eleven busy warps 44 KiB of an SM.
-const RUNS: u32 = 1;
-const DEPTH: u32 = 2;
-/// Sixteen rows of a run, as fragments: 16 bytes of each thread for rows 0 to 7, then for rows 8 to 15.
-const HALF_RUN: u32 = 16 * WARP_SIZE;
-const STAGE_BYTES: u32 = RUNS * 2 * HALF_RUN;
+/// Rows that interleave their runs: those of a tile, half of an mma's.
+const ROWS: u32 = MXFP4_ROWS as u32;
+/// Bytes of a run of eight rows: 16 of each lane.
+const RUN_BYTES: u32 = 16 * RUN * ROWS;
+/// Scales of such a run: one of each lane.
+const RUN_SCALES: u32 = RUN * ROWS;
+/// Steps of a warp under way, each a run of two tiles.
+const DEPTH: u32 = 3;
+const STAGE_BYTES: u32 = 2 * RUN_BYTES;
 const RING_BYTES: u32 = DEPTH * STAGE_BYTES;
 
-/// Features of a tile of `gate` and `up`.
-const FEATURES: u32 = 8;
+/// Warps of a block of `experts_token_gate_up_mxfp4`: so many tiles for each of 132 multiprocessors are what 2880 features
+/// of four experts make.
+const GATE_UP_WARPS: u32 = 11;
+const GATE_UP_THREADS: u32 = GATE_UP_WARPS * WARP_SIZE;
+/// The widest rows of `gate` and `up`.
+pub const MAX_D_MODEL: u32 = 4096;
 /// Scales of eight rows, from a multiple of 16 bytes on.
-const FEATURE_SCALES: u32 = FEATURES * (MAX_D_MODEL / GROUP) + 16;
-const GATE_UP_BYTES: u32 = RING_BYTES + 2 * FEATURE_SCALES;
-const GATE_UP_SHARED: u32 = WARPS * GATE_UP_BYTES;
+const TILE_SCALES: u32 = ROWS * (MAX_D_MODEL / GROUP) + 16;
+const GATE_UP_BYTES: u32 = RING_BYTES + 2 * TILE_SCALES;
+const GATE_UP_SHARED: u32 = GATE_UP_WARPS * GATE_UP_BYTES;
 /// Quads of `x` that a thread brings.
-const X_QUADS: usize = MAX_D_MODEL.div_ceil(4 * THREADS) as usize;
-const X_WORDS: usize = X_QUADS * 2 * THREADS as usize;
+const X_QUADS: usize = MAX_D_MODEL.div_ceil(4 * GATE_UP_THREADS) as usize;
+const X_WORDS: usize = X_QUADS * 2 * GATE_UP_THREADS as usize;
 /// Parts of the router's sums that a thread loads together.
 const PARTS_AHEAD: usize = 18;
-const EXPERT_SUMS: usize = (WARPS * MAX_EXPERTS) as usize;
+const EXPERT_SUMS: usize = (GATE_UP_WARPS * MAX_EXPERTS) as usize;
 
-/// Rows of a tile of `down`.
-const ROWS: u32 = 2;
-/// Columns of an mma: products of a slot, or of a part of it, each.
-const COLUMNS: u32 = 8;
-/// Scales of two rows of every slot, each from a multiple of 16 bytes on.
-const ROW_SCALES: u32 = ROWS * MAX_ACTIVATIONS / GROUP + 32 * MAX_USED;
-const DOWN_BYTES: u32 = RING_BYTES + ROW_SCALES;
-const DOWN_SHARED: u32 = WARPS * DOWN_BYTES;
-/// Words between the activations of two slots, beyond whole runs: lanes of neighbouring slots then read different banks.
-const SLOT_PAD: u32 = 16;
-const H_WORDS: usize = (MAX_ACTIVATIONS / 2 + MAX_USED * (RUN * 16 + SLOT_PAD)) as usize;
-/// A lane off the diagonal.
-const OUT_LANE: u32 = 1;
+/// Warps of a block of `experts_token_down_mxfp4`: they share 1 to 4 pairs of slots evenly.
+const DOWN_WARPS: u32 = 12;
+const DOWN_THREADS: u32 = DOWN_WARPS * WARP_SIZE;
+/// The most steps of a warp in a row.
+const MAX_STEPS: u32 = 6;
+/// Scales of a warp's part of eight rows, from a multiple of 16 bytes on; and tiles whose scales are there or under way.
+const PART_SCALES: u32 = MAX_STEPS * RUN_SCALES + 16;
+const SCALE_TILES: u32 = DEPTH + 1;
+/// Activations of a warp: 16 bytes of each lane for each step.
+const PART_BYTES: u32 = MAX_STEPS * 16 * WARP_SIZE;
+const DOWN_BYTES: u32 = RING_BYTES + SCALE_TILES * 2 * PART_SCALES;
+const DOWN_SHARED: u32 = DOWN_WARPS * DOWN_BYTES;
+/// Tiles whose sums are added up together: a lane of four keeps one each.
+const SUM_TILES: u32 = 4;
 /// Activations are stored times 2⁹, far from the smallest f16: |h| is at most 56.
 const H_UNIT: f32 = 512.0;
 /// What codes of [`mxfp4_pairs`] are to be multiplied with.
@@ -69,29 +66,31 @@ const CODE_UNIT: f32 = 16384.0;
 #[cfg(not(target_arch = "nvptx64"))]
 pub const ENTRIES: &[&Entry] = &[experts_token_gate_up_mxfp4::ENTRY, experts_token_down_mxfp4::ENTRY];
 
-/// Whether the kernels of this file can run a layer of these widths.
+/// Whether the kernels of this file can run a layer of these widths, which are whole groups.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn fits(n_expert: u32, n_used: u32, d_model: u32, d_ff: u32) -> bool {
-    n_expert <= MAX_EXPERTS && n_used <= MAX_USED && d_model <= MAX_D_MODEL && n_used * d_ff <= MAX_ACTIVATIONS
+    if n_expert > MAX_EXPERTS || n_used == 0 || n_used > MAX_USED || d_model > MAX_D_MODEL {
+        return false;
+    }
+    let splits = DOWN_WARPS / n_used.div_ceil(2);
+    d_ff.div_ceil(GROUP * RUN).div_ceil(splits) <= MAX_STEPS
 }
 
-/// The geometry [`experts_token_gate_up_mxfp4`] is written for: any number of blocks, one for each multiprocessor, or
-/// fewer if a warp of each has its tile.
+/// The geometry [`experts_token_gate_up_mxfp4`] is written for: a block for each multiprocessor, or for each tile if those
+/// are fewer. Any number of blocks gives the same bits.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_gate_up(n_multiprocessors: u32, n_used: u32, d_ff: u32) -> Launch {
-    launch(n_multiprocessors, n_used * (d_ff / FEATURES))
+    let n_tiles = n_used * (d_ff / ROWS);
+    let blocks = if n_tiles < n_multiprocessors { n_tiles } else { n_multiprocessors };
+    Launch { grid: [blocks, 1, 1], block: [WARP_SIZE, GATE_UP_WARPS, 1] }
 }
 
 /// The geometry [`experts_token_down_mxfp4`] is written for: as [`launch_gate_up`].
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
-    launch(n_multiprocessors, d_model / ROWS)
-}
-
-#[cfg(not(target_arch = "nvptx64"))]
-const fn launch(n_multiprocessors: u32, n_tiles: u32) -> Launch {
+    let n_tiles = d_model / ROWS;
     let blocks = if n_tiles < n_multiprocessors { n_tiles } else { n_multiprocessors };
-    Launch { grid: [blocks, 1, 1], block: [WARP_SIZE, WARPS, 1] }
+    Launch { grid: [blocks, 1, 1], block: [WARP_SIZE, DOWN_WARPS, 1] }
 }
 
 /// The end of a token's router, and the first half of its experts, of type MXFP4, with the gated unit.
@@ -100,22 +99,23 @@ const fn launch(n_multiprocessors: u32, n_tiles: u32) -> Launch {
 ///   `weights` as [`router`](crate::router::router()) has them; for each slot s, `e = chosen[s]`, `n = r · γ ⊙ x`: `h[s, f] =
 ///   swiglu(gateₑ[f] · n + gate_bias[e, f], upₑ[f] · n + up_bias[e, f])`, swiglu being [`swiglu::activation`]. n is rounded
 ///   to f16, so it is to stay below 65504.
-/// - Shapes: `h`: `[n_used, d_ff]`; `chosen`, `weights`: `[n_used]`; `gate`, `up`: `[n_expert, d_ff, d_model]`, each expert in
-///   its planes; `gate_bias`, `up_bias`: `[n_expert, d_ff]`, or empty; `x`, `gamma`: `[d_model]`, from multiples of 16 bytes
-///   on; `parts`: `[n_parts, n_expert + 1]`, of part p of x the sums `Σᵢ router[e, i] · γ[i] · x[i]` and `Σᵢ x[i]²`;
-///   `router_bias`: `[n_expert]`, or empty. As [`fits`] says; d_model a multiple of 32, n_used at most n_expert.
+/// - Shapes: `h`: `[n_used, d_ff / 2]`, pairs of f16 times 2⁹: word `16 k + 4 t + i` of a slot has features `32 k + 8 i + 2 t`
+///   and the next; `chosen`, `weights`: `[n_used]`; `gate`, `up`: `[n_expert, d_ff, d_model]`, each expert in its planes;
+///   `gate_bias`, `up_bias`: `[n_expert, d_ff]`, or empty; `x`, `gamma`: `[d_model]`, from multiples of 16 bytes on; `parts`:
+///   `[n_parts, n_expert + 1]`, of part p of x the sums `Σᵢ router[e, i] · γ[i] · x[i]` and `Σᵢ x[i]²`; `router_bias`:
+///   `[n_expert]`, or empty. As [`fits`] says; n_used at most n_expert, n_parts at least 1.
 /// - Launch: [`launch_gate_up`]. Every block finishes the router for itself; then a warp owns eight features of a slot, an
 ///   mma's rows 0 to 7 being of `gate` and 8 to 15 of `up`, its columns 0, 2, 4, 6 one group of 32 elements each.
-/// - Shared memory: 72 KiB dynamic, a ring of weights and the scales for each warp; 19 KiB static, n and the router's sums;
-///   three barriers.
+/// - Shared memory: 56 KiB dynamic, a ring of weights and the scales for each warp; 20 KiB static, n and the router's sums;
+///   four barriers.
 /// - Cost: memory bound, the bytes of `n_used` experts' `gate` and `up`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
 /// - Source: [`Mxfp4`]; gpt-oss's reference implementation, `MLPBlock` in `gpt_oss/torch/model.py`.
 ///
 /// # Safety
 ///
-/// Launched as above; the slices have the shapes written above; no launch writes `gamma`, `router_bias`.
-#[kernel(threads = THREADS, blocks_per_sm = 2, dynamic_shared = GATE_UP_SHARED, waits)]
+/// Launched as above; the slices have the shapes written above; no launch writes `gamma` and `router_bias`.
+#[kernel(threads = GATE_UP_THREADS, blocks_per_sm = 2, dynamic_shared = GATE_UP_SHARED, waits)]
 #[allow(clippy::too_many_arguments, reason = "a kernel's interface is flat")]
 pub unsafe fn experts_token_gate_up_mxfp4(
     h: Disjoint<u32>,
@@ -144,33 +144,50 @@ pub unsafe fn experts_token_gate_up_mxfp4(
     let scales_at = stages.at + RING_BYTES;
     let n_groups = d_model / GROUP;
     let planes = Mxfp4::LAYOUT.planes(d_model as usize, d_ff as usize);
-    let tiles_per_slot = d_ff / FEATURES;
+    let tiles_per_slot = d_ff / ROWS;
     let n_tiles = n_used * tiles_per_slot;
     let (g, t) = (lane / 4, lane % 4);
     let weights_of = |tile: u32| {
         let slot = tile / tiles_per_slot.max(1);
         // SAFETY: there are as many ids as slots.
         let expert = unsafe { routed.sorted.read(slot as usize) };
-        let f = (tile - slot * tiles_per_slot) * FEATURES + g;
-        // An expert's first byte, and this lane's first in the row.
-        let base = expert as usize * planes.end;
-        (slot, expert, f, base, base + f as usize * (16 * n_groups) as usize + (16 * t) as usize)
+        let first = (tile - slot * tiles_per_slot) * ROWS;
+        // Groups of the matrix before the tile's.
+        let before = first as usize * n_groups as usize;
+        (slot, expert, first, expert as usize * planes.end, before)
     };
-    let mut runs = Runs::new(n_groups, 0, n_groups.div_ceil(RUN), t);
-    let start = |runs: &mut Runs, tile: u32| {
+    let (whole, left) = (n_groups / RUN, n_groups % RUN);
+    let n_runs = n_groups.div_ceil(RUN);
+    let issue = |step: u32, from: usize| {
+        // Of a last run that is not whole, eight lanes copy for each of its groups.
+        if step < whole || (step < n_runs && lane < ROWS * left) {
+            let at = from + (step * RUN_BYTES + 16 * lane) as usize;
+            // SAFETY: the bytes exist, and the stage has been read.
+            unsafe {
+                dynamic.copy_async(stages.place(step, 0) as usize, gate, at, true);
+                dynamic.copy_async(stages.place(step, 1) as usize, up, at, true);
+            }
+        }
+        cp_async::commit();
+    };
+    let start = |tile: u32| {
         if tile < n_tiles {
-            let (_, _, f, base, from) = weights_of(tile);
-            let scales = base + planes.scales + (f - g) as usize * n_groups as usize;
+            let (_, _, _, base, before) = weights_of(tile);
+            let scales = base + planes.scales + before;
             // SAFETY: the rows exist, and nobody uses this warp's shared memory.
             unsafe {
-                copy_scales(dynamic, scales_at, gate, scales, FEATURES * n_groups, lane);
-                copy_scales(dynamic, scales_at + FEATURE_SCALES, up, scales, FEATURES * n_groups, lane);
-                runs.start(&stages, [(gate, from), (up, from)]);
+                copy_scales(dynamic, scales_at, gate, scales, ROWS * n_groups);
+                copy_scales(dynamic, scales_at + TILE_SCALES, up, scales, ROWS * n_groups);
+            }
+            let mut step = 0;
+            while step < DEPTH {
+                issue(step, base + 16 * before);
+                step += 1;
             }
         }
     };
     let mut tile = warp_idx * thread::grid_dim_x() + thread::block_idx_x();
-    start(&mut runs, tile);
+    start(tile);
 
     let normal = shared_array!(experts_token_x: [u32; X_WORDS]);
     // SAFETY: the whole block is here.
@@ -179,39 +196,35 @@ pub unsafe fn experts_token_gate_up_mxfp4(
         thread::sync_threads();
     }
     // Few blocks have work for all warps; this one writes what the next kernel needs.
-    if thread::block_idx_x() == 0 && warp_idx == WARPS - 1 {
+    if thread::block_idx_x() == 0 && warp_idx == GATE_UP_WARPS - 1 {
         // SAFETY: a whole warp is here; its elements are a lane's own.
         unsafe { routed.write(chosen, weights) };
     }
 
     while tile < n_tiles {
-        let (slot, expert, f, base, from) = weights_of(tile);
-        let at = expert as usize * d_ff as usize + f as usize;
+        let (slot, expert, first, base, before) = weights_of(tile);
+        let at = expert as usize * d_ff as usize + (first + g) as usize;
         let gate_bias = if gate_bias.len() > 0 { gate_bias[at] } else { 0.0 };
         let up_bias = if up_bias.len() > 0 { up_bias[at] } else { 0.0 };
-        let first = base + planes.scales + (f - g) as usize * n_groups as usize;
-        let scale_row = scales_at + first as u32 % 16 + g * n_groups;
+        let scales_at = scales_at + (planes.scales + before) as u32 % 16;
 
         let mut sums = [0.0; 2];
         let mut step = 0;
-        while step < runs.steps {
-            // SAFETY: the whole warp is here.
-            let words = unsafe { runs.next(&stages, [(gate, from), (up, from)], step) };
-            let mut k = 0;
-            while k < RUNS as usize {
+        while step < n_runs {
+            cp_async::wait::<{ DEPTH - 1 }>();
+            // SAFETY: the copies have landed, x is there, and whole warps are here.
+            unsafe {
+                warp::sync(); // For scales and short runs lanes read what others copied.
+                let words = stages.words(step, if step < whole { RUN } else { left });
+                issue(step + DEPTH, base + 16 * before);
                 // Past the last group weights are 0, and so is x.
-                let first_group = (step * RUNS + k as u32) * RUN;
-                let group = (first_group + t).min(n_groups - 1);
-                // SAFETY: scales have landed, x is there.
-                unsafe {
-                    let scales = [
-                        dynamic.read((scale_row + group) as usize),
-                        dynamic.read((scale_row + FEATURE_SCALES + group) as usize),
-                    ];
-                    let x = normal.load16(((first_group + g / 2) * 16 + 4 * t) as usize);
-                    add_run(&mut sums, &words[k], scales, x, g);
-                }
-                k += 1;
+                let scale = scales_at + scale_place(step, if step < whole { RUN } else { left });
+                let scales = [dynamic.read(scale as usize), dynamic.read((scale + TILE_SCALES) as usize)];
+                let x = normal.load16(((step * RUN + g / 2) * 16 + 4 * t) as usize);
+                let sum = multiply_run::<false>(&words, x);
+                // Codes count 2⁻¹⁴ times their values.
+                sums[0] += scale_of(scales[0]) * (sum[0] * CODE_UNIT);
+                sums[1] += scale_of(scales[1]) * (sum[1] * CODE_UNIT);
             }
             step += 1;
         }
@@ -222,29 +235,28 @@ pub unsafe fn experts_token_gate_up_mxfp4(
             // Features f and f + 1 in a word, as B fragments have them.
             let next = warp::shuffle_xor(value, 4);
             if lane % 8 == 0 {
-                let pair = f % 8 / 2;
-                let word = slot * d_ff / 2 + f / GROUP * 16 + 4 * pair + f % GROUP / 8;
+                let f = first + g;
+                let word = slot * d_ff / 2 + f / GROUP * 16 + 4 * (g / 2) + f % GROUP / 8;
                 // This lane's alone.
                 h.write(word as usize, pack_f16x2(value, next));
             }
             warp::sync(); // Nobody reads this warp's shared memory any more.
         }
-        tile += WARPS * thread::grid_dim_x();
-        start(&mut runs, tile);
+        tile += GATE_UP_WARPS * thread::grid_dim_x();
+        start(tile);
     }
 }
 
 /// The second half of a token's experts, of type MXFP4, weighted and added up.
 ///
-/// - Math: `out[o] ← out[o] + Σₛ weights[s] · (downₑ[o] · h[s] + bias[e, o])`, `e = chosen[s]`. `h` is rounded to f16 times
-///   2⁹, so its magnitude is to stay below 127.
+/// - Math: `out[o] ← out[o] + Σₛ weights[s] · (downₑ[o] · h[s] + bias[e, o])`, `e = chosen[s]`.
 /// - Shapes: `out`: `[d_model]`; `weight`: `[n_expert, d_model, d_ff]`, each expert in its planes; `bias`: `[n_expert,
-///   d_model]`, or empty; `h`: `[n_used, d_ff]`, from a multiple of 16 bytes on; `chosen`, `weights`: `[n_used]`. As [`fits`]
-///   says; d_ff a multiple of 32.
-/// - Launch: [`launch_down`]. A warp owns two rows of `out`. Column c of an mma is slot `c mod S` (S: n_used rounded up to a
-///   power of two), and of 8 / S equal parts of its elements number `c / S`; row c of the mma's upper half and of its lower
-///   are the weights for that of the two rows of `out`. So the products are on the diagonals.
-/// - Shared memory: 63 KiB dynamic, a ring of weights and the scales for each warp; 34 KiB static, `h`; one barrier.
+///   d_model]`, or empty; `h`: `[n_used, d_ff / 2]`, as [`experts_token_gate_up_mxfp4`] leaves it; `chosen`, `weights`:
+///   `[n_used]`. As [`fits`] says.
+/// - Launch: [`launch_down`]. A block owns eight rows of `out` at a time, a warp two slots and an equal part of their
+///   elements: an mma's rows 0 to 7 are of the one slot and its even columns one group each, the others of the other.
+/// - Shared memory: 56 KiB dynamic, rings of weights and scales for each warp; 38 KiB static, activations and sums; two
+///   barriers each four times eight rows.
 /// - Cost: memory bound, the bytes of `n_used` experts' `down`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
 /// - Source: [`Mxfp4`].
@@ -252,7 +264,7 @@ pub unsafe fn experts_token_gate_up_mxfp4(
 /// # Safety
 ///
 /// Launched as above; the slices have the shapes written above.
-#[kernel(threads = THREADS, blocks_per_sm = 2, dynamic_shared = DOWN_SHARED, waits)]
+#[kernel(threads = DOWN_THREADS, blocks_per_sm = 2, dynamic_shared = DOWN_SHARED, waits)]
 #[allow(clippy::too_many_arguments, reason = "a kernel's interface is flat")]
 pub unsafe fn experts_token_down_mxfp4(
     out: Disjoint<f32>,
@@ -268,128 +280,157 @@ pub unsafe fn experts_token_down_mxfp4(
     let (g, t) = (lane / 4, lane % 4);
     let n_used = chosen.len() as u32;
     let n_groups = d_ff / GROUP;
+    let (whole, left) = (n_groups / RUN, n_groups % RUN);
     let n_runs = n_groups.div_ceil(RUN);
-    let slots = if n_used <= 1 { 1 } else { 1u32 << (WARP_SIZE - (n_used - 1).leading_zeros()) };
-    let n_parts = COLUMNS >> (slots.trailing_zeros());
-    let steps = (n_runs + n_parts - 1) >> n_parts.trailing_zeros();
-    let (slot, part) = (g & (slots - 1), g >> slots.trailing_zeros());
-    let used = slot < n_used;
-    let slot = slot.min(n_used - 1);
-    // A product is on the diagonal: that of row g and column g, or of row g + 8 and column g.
-    let mine = used && t == g / 2;
     let planes = Mxfp4::LAYOUT.planes(d_ff as usize, d_model as usize);
+    // This warp's slots, the second of which may be none, and its runs.
+    let splits = DOWN_WARPS / n_used.div_ceil(2).max(1);
+    let pair = warp_idx / splits.max(1);
+    let steps = n_runs.div_ceil(splits.max(1));
+    let first_run = (warp_idx - pair * splits) * steps;
+    let slots = [(2 * pair).min(n_used - 1), (2 * pair + 1).min(n_used - 1)];
+    let (block, n_blocks) = (thread::block_idx_x(), thread::grid_dim_x());
+    let n_tiles = d_model / ROWS;
 
     let dynamic = dynamic_shared_array!(experts_token_down_ring: [u8; DOWN_SHARED as usize]);
     let stages = Stages { shared: dynamic, at: warp_idx * DOWN_BYTES };
-    let activations = shared_array!(experts_token_h: [u32; H_WORDS]);
-    let slot_words = n_runs * RUN * 16 + SLOT_PAD;
-    // Scales of a slot's two rows, from a multiple of 16 bytes on.
-    let room = (ROWS * n_groups + 31) & !15;
-    let scales_at = stages.at + RING_BYTES + slot * room;
+    let scales_at = stages.at + RING_BYTES;
+    let activations = shared_array!(experts_token_h: [u32; (DOWN_WARPS * PART_BYTES / 4) as usize]);
+    let sums = shared_array!(experts_token_down_sums: [f32; DOWN_THREADS as usize]);
 
     // SAFETY: once, by all threads.
     unsafe { grid::wait() };
-    let expert = chosen[slot as usize];
-    let slot_weight = if used { weights[slot as usize] } else { 0.0 };
-    // SAFETY: the whole block is here, and nobody reads the memory.
-    unsafe { stage_activations(activations, h, n_used, d_ff, slot_words) };
-    let base = expert as usize * planes.end;
-    let row_bytes = 16 * n_groups;
-    let end = if used { ((part + 1) * steps).min(n_runs) } else { 0 };
-    let mut runs = Runs::new(n_groups, part * steps, end, t);
-    // All lanes take as many steps as those with the longest part.
-    runs.steps = steps.div_ceil(RUNS);
-    let n_tiles = d_model / ROWS;
-    let rows_of = |tile: u32| {
-        let o = tile * ROWS;
-        let from = base + o as usize * row_bytes as usize + (16 * t) as usize;
-        (o, [(weight, from), (weight, from + row_bytes as usize)])
-    };
-    let start = |runs: &mut Runs, tile: u32| {
-        if tile < n_tiles {
-            let (o, from) = rows_of(tile);
-            let scales = base + planes.scales + o as usize * n_groups as usize;
-            // SAFETY: the rows exist, and nobody uses this warp's shared memory.
+    let experts = slots.map(|slot| chosen[slot as usize]);
+    let slot_weights = [
+        if 2 * pair < n_used { weights[slots[0] as usize] } else { 0.0 },
+        if 2 * pair + 1 < n_used { weights[slots[1] as usize] } else { 0.0 },
+    ];
+    // The first byte of the first tile's run of this warp, and of its scales.
+    let groups = block as usize * (ROWS * n_groups) as usize;
+    let bases = experts.map(|expert| expert as usize * planes.end);
+    let run_before = (RUN_BYTES * first_run + 16 * lane) as usize;
+    let scales_before = planes.scales + (RUN_SCALES * first_run) as usize;
+    let tile_groups = n_blocks as usize * (ROWS * n_groups) as usize;
+    let part_scales = |run: u32| ROWS * (RUN * run).min(n_groups);
+    let part_bytes = part_scales((first_run + steps).min(n_runs).max(first_run)) - part_scales(first_run);
+
+    // The next step to be asked for: its tile, place there, and groups before the tile.
+    let (mut ahead_tile, mut ahead_step, mut ahead, mut ahead_groups) = (0, 0, 0, groups);
+    let mut issue = || {
+        if block + ahead_tile * n_blocks < n_tiles {
+            let run = first_run + ahead_step;
+            // SAFETY: rows and scales exist; the stage has been read, and scales of as many tiles before.
             unsafe {
-                if used && part == 0 {
-                    // Eight times, for one lane in four at a time.
-                    let mut i = 0;
-                    while i < WARP_SIZE / 4 {
-                        copy_scales(dynamic, scales_at, weight, scales, ROWS * n_groups, 4 * i + t);
-                        i += 1;
-                    }
+                if ahead_step == 0 && part_bytes > 0 {
+                    let at = scales_at + ahead_tile % SCALE_TILES * (2 * PART_SCALES);
+                    let from = scales_before + ahead_groups;
+                    copy_scales(dynamic, at, weight, bases[0] + from, part_bytes);
+                    copy_scales(dynamic, at + PART_SCALES, weight, bases[1] + from, part_bytes);
                 }
-                runs.start(&stages, from);
+                if run < whole || (run < n_runs && lane < ROWS * left) {
+                    let from = 16 * ahead_groups + run_before + (ahead_step * RUN_BYTES) as usize;
+                    dynamic.copy_async(stages.place(ahead, 0) as usize, weight, bases[0] + from, true);
+                    dynamic.copy_async(stages.place(ahead, 1) as usize, weight, bases[1] + from, true);
+                }
+            }
+            ahead_step += 1;
+            if ahead_step == steps {
+                (ahead_tile, ahead_step, ahead_groups) = (ahead_tile + 1, 0, ahead_groups + tile_groups);
             }
         }
+        ahead += 1;
+        cp_async::commit();
     };
-    let mut tile = warp_idx * thread::grid_dim_x() + thread::block_idx_x();
-    start(&mut runs, tile);
-    if tile < n_tiles {
-        cp_async::wait::<DEPTH>(); // The activations' copies are older than these.
-    } else {
-        cp_async::wait::<0>();
+    // Activations are the same for all tiles; each lane copies what it reads: of a column, group g / 2 of a run.
+    let x_at = warp_idx * (PART_BYTES / 4) + 4 * lane;
+    let x_slot = if g % 2 == 0 { slots[0] } else { slots[1] };
+    let mut step = 0;
+    while step < steps {
+        let group = (first_run + step) * RUN + g / 2;
+        let from = if group < n_groups { (x_slot * n_groups + group) * 16 + 4 * t } else { 0 };
+        // SAFETY: the group exists, or is not read.
+        unsafe {
+            let to = x_at + step * (4 * WARP_SIZE);
+            activations.copy_async(to as usize, h, from as usize, group < n_groups);
+        }
+        step += 1;
     }
-    // SAFETY: the whole block is here.
-    unsafe { thread::sync_threads() };
+    let mut i = 0;
+    while i < DEPTH {
+        issue();
+        i += 1;
+    }
 
-    while tile < n_tiles {
-        let (o, from) = rows_of(tile);
-        // What is added: biases in lanes on the diagonal, `out` itself in another.
-        let mut offsets = [0.0; 2];
-        if mine && part == 0 && bias.len() > 0 {
-            let row = expert as usize * d_model as usize + o as usize;
-            offsets = [bias[row], bias[row + 1]];
-        } else if lane == OUT_LANE {
-            offsets = [out.read(o as usize), out.read(o as usize + 1)];
-        }
-        let first = base + planes.scales + o as usize * n_groups as usize;
-        let scale_row = scales_at + first as u32 % 16;
-
-        let mut sums = [0.0; 2];
-        let mut step = 0;
-        while step < runs.steps {
-            // SAFETY: the whole warp is here.
-            let words = unsafe { runs.next(&stages, from, step) };
-            let mut k = 0;
-            while k < RUNS as usize {
-                // Weights that are not there are 0, whatever they are multiplied with.
-                let run = (runs.first + step * RUNS + k as u32).min(n_runs - 1);
-                let x = slot * slot_words + run * RUN * 16 + 4 * t;
-                let (scales, behind) = (scale_row + run * RUN, n_groups - 1 - run * RUN);
-                let mut j = 0;
-                while j < MXFP4_RUN {
-                    let scale = scales + (j as u32).min(behind);
-                    // SAFETY: scales have landed, activations are there, and whole warps are here.
-                    unsafe {
-                        let b = activations.load16(x as usize + 16 * j);
-                        let (upper, lower) = (mxfp4_pairs(words[k][0][j]), mxfp4_pairs(words[k][1][j]));
-                        let c = mma::m16n8k16_f16([upper[0], lower[0], upper[1], lower[1]], [b[0], b[1]], [0.0; 4]);
-                        let c = mma::m16n8k16_f16([upper[2], lower[2], upper[3], lower[3]], [b[2], b[3]], c);
-                        let c = if g % 2 == 0 { [c[0], c[2]] } else { [c[1], c[3]] };
-                        sums[0] += scale_of(dynamic.read(scale as usize)) * c[0];
-                        sums[1] += scale_of(dynamic.read((scale + n_groups) as usize)) * c[1];
-                    }
-                    j += 1;
-                }
-                k += 1;
+    let mut tile = 0;
+    let mut taken = 0;
+    while block + tile * n_blocks < n_tiles {
+        // What is added to the sums: `out`, and the weighted biases, of row `lane % 8` of a tile.
+        let mut before = 0.0;
+        let own_tile = block + (tile + lane / ROWS) * n_blocks;
+        let o = own_tile * ROWS + lane % ROWS;
+        if warp_idx == 0 && own_tile < n_tiles {
+            before = out.read(o as usize);
+            let mut slot = 0;
+            while slot < n_used && bias.len() > 0 {
+                let row = chosen[slot as usize] as usize * d_model as usize;
+                before += weights[slot as usize] * bias[row + o as usize];
+                slot += 1;
             }
-            step += 1;
         }
-        // Codes count 2⁻¹⁴ times their values, activations 2⁹ times.
-        let scaled = |r: usize| {
-            if mine { slot_weight * (sums[r] * (CODE_UNIT / H_UNIT) + offsets[r]) } else { offsets[r] }
-        };
-        // SAFETY: the whole warp is here.
-        let (first, second) = unsafe { (warp::sum(scaled(0)), warp::sum(scaled(1))) };
-        if lane < ROWS {
-            // SAFETY: the element is this lane's alone.
-            unsafe { out.write((o + lane) as usize, if lane == 0 { first } else { second }) };
+        let mut kept = 0.0;
+        let mut k = 0;
+        while k < SUM_TILES && block + (tile + k) * n_blocks < n_tiles {
+            let at = scales_at + (tile + k) % SCALE_TILES * (2 * PART_SCALES);
+            let row_groups = groups + (tile + k) as usize * tile_groups;
+            let at = at + (scales_before + row_groups) as u32 % 16;
+            let mut sum = [0.0; 2];
+            let mut step = 0;
+            while step < steps {
+                cp_async::wait::<{ DEPTH - 1 }>();
+                let run = first_run + step;
+                // SAFETY: the copies have landed, and whole warps are here.
+                unsafe {
+                    warp::sync(); // For scales and short runs lanes read what others copied.
+                    if run < n_runs {
+                        let width = if run < whole { RUN } else { left };
+                        let words = stages.words(taken, width);
+                        let scale = at + scale_place(step, width);
+                        let scales = [dynamic.read(scale as usize), dynamic.read((scale + PART_SCALES) as usize)];
+                        let x = activations.load16((x_at + step * (4 * WARP_SIZE)) as usize);
+                        let products = multiply_run::<true>(&words, x);
+                        sum[0] += scale_of(scales[0]) * products[0];
+                        sum[1] += scale_of(scales[1]) * products[1];
+                    }
+                    if run >= whole {
+                        warp::sync(); // Nor is such a run overwritten before all have read it.
+                    }
+                }
+                issue();
+                taken += 1;
+                step += 1;
+            }
+            let weighted = slot_weights[0] * sum[0] + slot_weights[1] * sum[1];
+            // Codes count 2⁻¹⁴ times their values, activations 2⁹ times.
+            // SAFETY: the whole warp is here.
+            let row = unsafe { warp::sum_of::<4>(weighted * (CODE_UNIT / H_UNIT)) };
+            kept = if t == k { row } else { kept };
+            k += 1;
         }
-        // SAFETY: the whole warp is here, so nobody reads its shared memory any more.
-        unsafe { warp::sync() };
-        tile += WARPS * thread::grid_dim_x();
-        start(&mut runs, tile);
+        // SAFETY: the whole block is here; each thread writes its own element, between barriers.
+        unsafe {
+            sums.write((warp_idx * WARP_SIZE + t * ROWS + g) as usize, kept);
+            thread::sync_threads();
+            if warp_idx == 0 && own_tile < n_tiles {
+                let mut w = 0;
+                while w < DOWN_WARPS {
+                    before += sums.read((w * WARP_SIZE + lane) as usize);
+                    w += 1;
+                }
+                out.write(o as usize, before);
+            }
+            thread::sync_threads();
+        }
+        tile += SUM_TILES;
     }
 }
 
@@ -401,7 +442,7 @@ struct Routed {
     logits: Shared<f32>,
     /// 1 / √(mean square + ε).
     scale: f32,
-    /// This thread's quads of `x` and `gamma`: `thread`, `thread + THREADS`, …; 0 past the end.
+    /// This thread's quads of `x` and `gamma`: `thread`, `thread + GATE_UP_THREADS`, …; 0 past the end.
     x: [[u32; 4]; X_QUADS],
     gamma: [[u32; 4]; X_QUADS],
 }
@@ -431,7 +472,7 @@ impl Routed {
             let mut quads = [[0; 4]; X_QUADS];
             let mut k = 0;
             while k < X_QUADS {
-                let i = 4 * (thread + k as u32 * THREADS);
+                let i = 4 * (thread + k as u32 * GATE_UP_THREADS);
                 if i < d_model {
                     // SAFETY: whole quads from a multiple of 16 bytes on.
                     quads[k] = unsafe { from.load16(i as usize) };
@@ -451,7 +492,7 @@ impl Routed {
         while p < n_parts {
             // SAFETY: the row's last element.
             squares += unsafe { parts.read_unchecked((p * n_columns + n_expert) as usize) };
-            p += THREADS;
+            p += GATE_UP_THREADS;
         }
         let mut e = lane;
         while e < MAX_EXPERTS {
@@ -461,7 +502,7 @@ impl Routed {
                 let mut loaded = [0.0; PARTS_AHEAD];
                 let mut i = 0;
                 while i < PARTS_AHEAD {
-                    let p = p + i as u32 * WARPS;
+                    let p = p + i as u32 * GATE_UP_WARPS;
                     if p < n_parts && e < n_expert {
                         // SAFETY: the element exists.
                         loaded[i] = unsafe { parts.read_unchecked((p * n_columns + e) as usize) };
@@ -473,7 +514,7 @@ impl Routed {
                     sum += loaded[i];
                     i += 1;
                 }
-                p += PARTS_AHEAD as u32 * WARPS;
+                p += PARTS_AHEAD as u32 * GATE_UP_WARPS;
             }
             // SAFETY: each thread writes its own elements.
             unsafe { sums.write((warp_idx * MAX_EXPERTS + e) as usize, sum) };
@@ -484,10 +525,10 @@ impl Routed {
         }
         let x = quads(x);
 
-        let square_sums = shared_array!(experts_token_squares: [f32; THREADS as usize]);
-        let logits = shared_array!(experts_token_logits: [f32; THREADS as usize]);
-        let keys = shared_array!(experts_token_keys: [u32; THREADS as usize]);
-        let sorted = shared_array!(experts_token_sorted: [u32; THREADS as usize]);
+        let square_sums = shared_array!(experts_token_squares: [f32; GATE_UP_THREADS as usize]);
+        let logits = shared_array!(experts_token_logits: [f32; GATE_UP_THREADS as usize]);
+        let keys = shared_array!(experts_token_keys: [u32; GATE_UP_THREADS as usize]);
+        let sorted = shared_array!(experts_token_sorted: [u32; GATE_UP_THREADS as usize]);
         // SAFETY: the block is whole; each thread writes its own elements, and barriers order that before the reads.
         let scale = unsafe {
             square_sums.write(thread as usize, warp::sum(squares));
@@ -495,14 +536,14 @@ impl Routed {
 
             let (mut square, mut logit) = (0.0, 0.0);
             let mut w = 0;
-            while w < WARPS {
+            while w < GATE_UP_WARPS {
                 square += square_sums.read((w * WARP_SIZE) as usize);
                 w += 1;
             }
             let scale = Float::sqrt(square / d_model as f32 + epsilon).recip();
             if thread < n_expert {
                 let mut w = 0;
-                while w < WARPS {
+                while w < GATE_UP_WARPS {
                     logit += sums.read((w * MAX_EXPERTS + thread) as usize);
                     w += 1;
                 }
@@ -569,7 +610,7 @@ impl Routed {
         while k < X_QUADS {
             let [x, gamma] = [self.x[k], self.gamma[k]].map(|quad| quad.map(f32::from_bits));
             let n = |i: usize| x[i] * self.scale * gamma[i];
-            let q = thread + k as u32 * THREADS;
+            let q = thread + k as u32 * GATE_UP_THREADS;
             // Pair i of lane t: elements 8 i + 2 t and the next.
             let at = (q / 8 * 16 + q % 2 * 8 + q % 8 / 2) as usize;
             // SAFETY: inside; each thread writes its own.
@@ -582,30 +623,7 @@ impl Routed {
     }
 }
 
-/// Starts bringing `h` to shared memory, slot s from word `s · slot_words` on, with zeros behind its last group.
-///
-/// # Safety
-///
-/// The whole block is here, and nobody reads `into`.
-#[inline(always)]
-unsafe fn stage_activations(into: Shared<u32>, h: Global<u32>, n_used: u32, d_ff: u32, slot_words: u32) {
-    let thread = thread::thread_idx_y() * WARP_SIZE + thread::thread_idx_x();
-    let mut slot = 0;
-    while slot < n_used {
-        let mut i = 4 * thread;
-        while i < slot_words - SLOT_PAD {
-            // SAFETY: rows are whole groups, from multiples of 64 bytes on; each thread writes its own.
-            unsafe {
-                into.copy_async((slot * slot_words + i) as usize, h, (slot * d_ff / 2 + i) as usize, i < d_ff / 2);
-            }
-            i += 4 * THREADS;
-        }
-        slot += 1;
-    }
-    cp_async::commit();
-}
-
-/// A warp's ring of weights, from byte `at` of the dynamic shared memory on.
+/// A warp's ring of weights, from byte `at` of the dynamic shared memory on: each stage a run of two tiles.
 #[derive(Clone, Copy)]
 struct Stages {
     shared: Shared<u8>,
@@ -613,149 +631,62 @@ struct Stages {
 }
 
 impl Stages {
-    /// Where this thread's 16 bytes are of run k of a stage, in row `half` of its two.
+    /// Where this lane's 16 bytes of one of a step's two tiles are.
     #[inline(always)]
-    fn place(&self, step: u32, k: u32, half: u32) -> u32 {
-        self.at + step % DEPTH * STAGE_BYTES + (2 * k + half) * HALF_RUN + 16 * warp::lane_id()
+    fn place(&self, step: u32, tile: u32) -> u32 {
+        self.at + step % DEPTH * STAGE_BYTES + tile * RUN_BYTES + 16 * warp::lane_id()
     }
 
-    /// This thread's four words of a whole run.
+    /// This lane's words of both tiles of a run of `width` groups; words of groups past the last are 0.
     ///
     /// # Safety
     ///
-    /// Its copy has landed.
+    /// The warp's copies have landed, and it is synchronized since.
     #[inline(always)]
-    unsafe fn words(&self, step: u32, k: u32, half: u32) -> [u32; 4] {
+    unsafe fn words(&self, step: u32, width: u32) -> [[u32; 4]; 2] {
+        let mut words = [[0; 4]; 2];
         // SAFETY: the caller's promise.
-        unsafe { self.shared.load16(self.place(step, k, half) as usize) }
-    }
-
-    /// This thread's words of a run of only `width` groups, whose row four lanes copied 16 bytes each of; the others are 0.
-    ///
-    /// # Safety
-    ///
-    /// All copies have landed, and the warp is synchronized since.
-    #[inline(always)]
-    unsafe fn words_of_last(&self, step: u32, k: u32, half: u32, width: u32) -> [u32; 4] {
-        let t = warp::lane_id() % 4;
-        let at = self.place(step, k, half) - 16 * t + 4 * t * width;
-        let mut words = [0; 4];
-        let mut j = 0;
-        while j < MXFP4_RUN {
-            if (j as u32) < width {
-                // SAFETY: the caller's promise.
-                words[j] = unsafe { self.shared.load4(at as usize + 4 * j) };
-            }
-            j += 1;
-        }
-        words
-    }
-}
-
-/// A lane's runs of two rows, on their way through the ring.
-struct Runs {
-    /// The first run, and the one after the last.
-    first: u32,
-    end: u32,
-    /// Whole runs of a row, and groups of one behind them.
-    whole: u32,
-    left: u32,
-    /// The lane of the row's four.
-    t: u32,
-    /// Steps of [`RUNS`] runs.
-    steps: u32,
-}
-
-impl Runs {
-    #[inline(always)]
-    fn new(n_groups: u32, first: u32, end: u32, t: u32) -> Self {
-        let steps = (end.max(first) - first).div_ceil(RUNS);
-        Self { first, end, whole: n_groups / RUN, left: n_groups % RUN, t, steps }
-    }
-
-    /// Starts the copies of the first steps; `from`: the matrices, and this lane's piece of run 0 of each row.
-    ///
-    /// # Safety
-    ///
-    /// The rows exist; the ring is free.
-    #[inline(always)]
-    unsafe fn start(&mut self, stages: &Stages, from: [(Global<u8>, usize); 2]) {
-        let mut step = 0;
-        while step < DEPTH {
-            // SAFETY: the caller's promise.
-            unsafe { self.issue(stages, from, step) };
-            step += 1;
-        }
-    }
-
-    /// # Safety
-    ///
-    /// The rows exist; the stage has been read.
-    #[inline(always)]
-    unsafe fn issue(&self, stages: &Stages, from: [(Global<u8>, usize); 2], step: u32) {
-        let mut k = 0;
-        while k < RUNS {
-            let run = self.first + step * RUNS + k;
-            // Of a run that is not whole, as many lanes copy as it has groups.
-            if run < self.end && (run < self.whole || self.t < self.left) {
-                let mut half = 0;
-                while half < 2 {
-                    let (weight, from) = from[half as usize];
-                    let at = stages.place(step, k, half);
-                    // SAFETY: the bytes exist; pieces of 16 bytes lie at multiples of 16.
-                    unsafe { stages.shared.copy_async(at as usize, weight, from + (run * RUN_BYTES) as usize, true) };
-                    half += 1;
-                }
-            }
-            k += 1;
-        }
-        cp_async::commit();
-    }
-
-    /// Waits for a step's words, and starts the copies that take their place.
-    ///
-    /// # Safety
-    ///
-    /// The whole warp is here; [`start`](Self::start) was called, and this for all steps before.
-    #[inline(always)]
-    unsafe fn next(
-        &self,
-        stages: &Stages,
-        from: [(Global<u8>, usize); 2],
-        step: u32,
-    ) -> [[[u32; 4]; 2]; RUNS as usize] {
-        cp_async::wait::<{ DEPTH - 1 }>();
-        let mut words = [[[0; 4]; 2]; RUNS as usize];
-        // SAFETY: the copies have landed.
         unsafe {
-            warp::sync(); // For scales and short runs lanes read what others copied.
-            let mut k = 0;
-            while k < RUNS {
-                let run = self.first + step * RUNS + k;
-                if run < self.end && run < self.whole {
-                    words[k as usize] = [stages.words(step, k, 0), stages.words(step, k, 1)];
-                } else if run < self.end {
-                    let of = |half| stages.words_of_last(step, k, half, self.left);
-                    words[k as usize] = [of(0), of(1)];
-                }
-                k += 1;
+            if width == RUN {
+                return [
+                    self.shared.load16(self.place(step, 0) as usize),
+                    self.shared.load16(self.place(step, 1) as usize),
+                ];
             }
-            self.issue(stages, from, step + DEPTH);
+            // Row g's pieces of `4 · width` bytes.
+            let lane = warp::lane_id();
+            let at = self.place(step, 0) - 16 * lane + 4 * width * lane;
+            let mut j = 0;
+            while j < MXFP4_RUN {
+                if (j as u32) < width {
+                    words[0][j] = self.shared.load4(at as usize + 4 * j);
+                    words[1][j] = self.shared.load4((at + RUN_BYTES) as usize + 4 * j);
+                }
+                j += 1;
+            }
         }
         words
     }
+}
+
+/// Where the scale is, from the first run's on, of row `lane / 4` and group `lane % 4` of a run of `width` groups; some other
+/// of the run's if it has no such group.
+#[inline(always)]
+fn scale_place(run: u32, width: u32) -> u32 {
+    let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+    run * RUN_SCALES + g * width + t.min(width - 1)
 }
 
 /// Starts copying `bytes` bytes from `start` on, of any alignment, to byte `at` and further by as much as `start` is beyond
-/// a multiple of 16; every lane has its 16 bytes.
+/// a multiple of 16.
 ///
 /// # Safety
 ///
-/// The bytes exist, and those around them to multiples of 16; the room is free.
+/// The whole warp is here; the bytes exist, and those around them to multiples of 16; the room is free.
 #[inline(always)]
-unsafe fn copy_scales(into: Shared<u8>, at: u32, weight: Global<u8>, start: usize, bytes: u32, lane: u32) {
+unsafe fn copy_scales(into: Shared<u8>, at: u32, weight: Global<u8>, start: usize, bytes: u32) {
     let before = start as u32 % 16;
-    let mut i = 16 * lane;
+    let mut i = 16 * warp::lane_id();
     while i < before + bytes {
         // SAFETY: planes are whole multiples of 16 bytes.
         unsafe { into.copy_async((at + i) as usize, weight, start - before as usize + i as usize, true) };
@@ -769,20 +700,22 @@ fn scale_of(e: u8) -> f32 {
     f32::from_bits((u32::from(e) << 23).max(0x0040_0000))
 }
 
-/// Adds the products of a run of a row of `gate` and one of `up`, whose words are given, with the vector of which lanes `4
-/// · 2 j + t` have group j in `x`; a lane keeps the sums of group t of the run.
+/// The products of a run of two tiles' rows g with group t of the vectors: lanes `8 j + t` have group j's pairs for the
+/// first tile in `x`. The second tile's vector is the same, or if `TWO`, another, of lanes `8 j + 4 + t`.
 ///
 /// # Safety
 ///
 /// The whole warp is here.
 #[inline(always)]
-unsafe fn add_run(sums: &mut [f32; 2], [gate, up]: &[[u32; 4]; 2], scales: [u8; 2], x: [u32; 4], g: u32) {
-    // Column 2 j is group j's, and all others are 0.
+unsafe fn multiply_run<const TWO: bool>([first, second]: &[[u32; 4]; 2], x: [u32; 4]) -> [f32; 2] {
+    let g = warp::lane_id() / 4;
+    // Column 2 j is group j's, as is 2 j + 1 for another vector, and all others are 0: a lane keeps one group of two rows.
     let (mut low, mut high) = ([0.0; 4], [0.0; 4]);
     let mut j = 0;
     while j < MXFP4_RUN {
-        let b = if g == 2 * j as u32 { x } else { [0; 4] };
-        let (a, c) = (mxfp4_pairs(gate[j]), mxfp4_pairs(up[j]));
+        let mine = if TWO { g / 2 == j as u32 } else { g == 2 * j as u32 };
+        let b = if mine { x } else { [0; 4] };
+        let (a, c) = (mxfp4_pairs(first[j]), mxfp4_pairs(second[j]));
         let sum = if j < 2 { &mut low } else { &mut high };
         // SAFETY: the caller's promise.
         unsafe {
@@ -791,8 +724,8 @@ unsafe fn add_run(sums: &mut [f32; 2], [gate, up]: &[[u32; 4]; 2], scales: [u8; 
         }
         j += 1;
     }
-    sums[0] += scale_of(scales[0]) * ((low[0] + high[0]) * CODE_UNIT);
-    sums[1] += scale_of(scales[1]) * ((low[2] + high[2]) * CODE_UNIT);
+    let second = if TWO { low[3] + high[3] } else { low[2] + high[2] };
+    [low[0] + high[0], second]
 }
 
 /// Starts [`experts_token_gate_up_mxfp4`](fn@experts_token_gate_up_mxfp4).

@@ -14,22 +14,54 @@ pub enum Q5_0 {}
 pub enum Q5_1 {}
 /// `q · d`. Planes: quants 32 bytes, ggml's but for the interleaving; scales `d`.
 pub enum Q8_0 {}
-/// E2M1 numbers under an E8M0 scale. Planes: scales the byte `e`; quants 16 bytes in the order of tensor cores. Each run of
-/// [`MXFP4_RUN`] groups of a row (the last: what is left, w) is cut in four pieces of `4 w` bytes; piece t holds a word of
-/// each group: the eight codes that lane t of four gives to two `mma.m16n8k16`, see [`mxfp4_pairs`]. So the lane loads its
-/// fragments of a whole run at once.
+/// E2M1 numbers under an E8M0 scale. Planes: quants 16 bytes a group, in the order of tensor cores; scales the byte `e`.
+///
+/// [`MXFP4_ROWS`] rows (the last of a matrix: what is left, r) lie together, and each run of [`MXFP4_RUN`] groups of theirs
+/// (the last: what is left, w) takes `16 r w` bytes of quants and `r w` of scales: row after row, the row's quants in four
+/// pieces of `4 w` bytes. Piece t holds a word of each group: the eight codes that lane t of four gives to two
+/// `mma.m16n8k16`, see [`mxfp4_pairs`]. So the lanes of a warp load their fragments of eight rows and a whole run at once,
+/// 16 bytes each and a scale, side by side.
 pub enum Mxfp4 {}
 
 /// Groups of MXFP4 that interleave their words.
 pub const MXFP4_RUN: usize = 4;
+/// Rows of MXFP4 that interleave their runs.
+pub const MXFP4_ROWS: usize = 8;
 
-/// The offset of word `t` of group `group` in the quants of its row of MXFP4, which has `n_groups` groups.
-#[inline(always)]
-pub const fn mxfp4_word(n_groups: usize, group: usize, t: usize) -> usize {
-    let (first, lane) = (group / MXFP4_RUN * MXFP4_RUN, group % MXFP4_RUN);
-    let left = n_groups - first;
-    let width = if left < MXFP4_RUN { left } else { MXFP4_RUN };
-    16 * first + 4 * (t * width + lane)
+/// Where a group of MXFP4 lies in its planes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mxfp4Place {
+    /// Groups before the row's part of the run.
+    pub first: usize,
+    /// The group's place in the run.
+    pub lane: usize,
+    /// Groups of the run.
+    pub width: usize,
+}
+
+impl Mxfp4Place {
+    /// That of group `group` of row `row` of a matrix that has `n_out` rows of `n_groups` groups.
+    #[inline(always)]
+    pub const fn new(n_groups: usize, n_out: usize, row: usize, group: usize) -> Self {
+        let (first_row, row) = (row / MXFP4_ROWS * MXFP4_ROWS, row % MXFP4_ROWS);
+        let (first, lane) = (group / MXFP4_RUN * MXFP4_RUN, group % MXFP4_RUN);
+        let (rows_left, left) = (n_out - first_row, n_groups - first);
+        let height = if rows_left < MXFP4_ROWS { rows_left } else { MXFP4_ROWS };
+        let width = if left < MXFP4_RUN { left } else { MXFP4_RUN };
+        Self { first: first_row * n_groups + first * height + row * width, lane, width }
+    }
+
+    /// The offset of word `t` in the plane of quants.
+    #[inline(always)]
+    pub const fn word(&self, t: usize) -> usize {
+        16 * self.first + 4 * (t * self.width + self.lane)
+    }
+
+    /// The offset in the plane of scales.
+    #[inline(always)]
+    pub const fn scale(&self) -> usize {
+        self.first + self.lane
+    }
 }
 
 /// Pairs of f16 `[2 t, + 1]`, `[8 + 2 t, + 1]`, `[16 + 2 t, + 1]`, `[24 + 2 t, + 1]` of a group from its word t: their
@@ -228,17 +260,16 @@ impl Format for Mxfp4 {
 
     #[inline(always)]
     unsafe fn load(place: &Place, row: usize, group: u32) -> Self::Raw {
-        let (n_groups, index) = (place.n_groups as usize, place.index(row, group));
-        let word = |t: usize| 16 * row * n_groups + mxfp4_word(n_groups, group as usize, t);
+        let at = Mxfp4Place::new(place.n_groups as usize, place.planes.n_out, row, group as usize);
         // SAFETY: the caller's promise; words start at multiples of 4.
         unsafe {
             let quants = [
-                place.weight.load4(word(0)),
-                place.weight.load4(word(1)),
-                place.weight.load4(word(2)),
-                place.weight.load4(word(3)),
+                place.weight.load4(at.word(0)),
+                place.weight.load4(at.word(1)),
+                place.weight.load4(at.word(2)),
+                place.weight.load4(at.word(3)),
             ];
-            Raw { quants, high: [], scales: [place.weight.read_unchecked(place.planes.scales + index).into()] }
+            Raw { quants, high: [], scales: [place.weight.read_unchecked(place.planes.scales + at.scale()).into()] }
         }
     }
 

@@ -16,7 +16,7 @@
 //!
 //! A group of more than 16 bytes of quants is cut in 16-byte chunks, and eight neighbouring groups of a row (the last of a
 //! row: what is left) interleave theirs: chunk 0 of each, chunk 1 of each, … So neighbouring lanes, one group each, load
-//! neighbouring 16 bytes. See [`chunk_offset`]. MXFP4 is cut finer, see [`Mxfp4`].
+//! neighbouring 16 bytes. See [`chunk_offset`]. MXFP4 is cut finer, and eight rows interleave: see [`Mxfp4`].
 
 mod block;
 mod scalar;
@@ -24,7 +24,7 @@ mod super_block;
 
 use cuda_std::Global;
 
-pub use block::{MXFP4_RUN, Mxfp4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, mxfp4_pairs, mxfp4_word};
+pub use block::{MXFP4_ROWS, MXFP4_RUN, Mxfp4, Mxfp4Place, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, mxfp4_pairs};
 pub use scalar::{Bf16, F16, F32};
 pub use super_block::{Q2K, Q3K, Q4K, Q5K, Q6K};
 
@@ -65,6 +65,8 @@ pub struct Planes {
     pub supers: usize,
     /// Bytes of the whole matrix.
     pub end: usize,
+    /// Its rows.
+    pub n_out: usize,
 }
 
 impl Layout {
@@ -76,7 +78,7 @@ impl Layout {
         let scales = high + (n_blocks * self.high).next_multiple_of(ALIGNMENT);
         let supers = scales + (n_blocks * self.scales).next_multiple_of(ALIGNMENT);
         let end = supers + (n_blocks * self.supers).next_multiple_of(ALIGNMENT);
-        Planes { quants: 0, high, scales, supers, end }
+        Planes { quants: 0, high, scales, supers, end, n_out }
     }
 
     /// Bytes of quants of one group.
