@@ -234,6 +234,11 @@ impl Sampler {
         (options.temp == 0.0 || options.top_k > 0) && options.n_probs == 0 && bans && !penalizes
     }
 
+    /// Whether the token is never chosen.
+    pub fn bans(&self, token: u32) -> bool {
+        self.banned.contains(&token)
+    }
+
     /// As [`sample`](Self::sample), from the likeliest tokens alone: the same token for the same random stream, without its
     /// log-probability (NaN). None, and nothing taken from the stream, if what was left out could matter.
     ///
@@ -248,16 +253,19 @@ impl Sampler {
         assert!(self.takes_likeliest(), "options that need all logits");
         let SamplerOptions { temp, top_k, top_p, min_p, .. } = self.options;
         let top_k = if temp == 0.0 { 1 } else { top_k as usize };
+        if let Err(Error::BadLogit { token, value }) = check_logits(&likeliest.logits) {
+            return Err(Error::BadLogit { token: likeliest.ids[token as usize], value });
+        }
         let candidates = &mut self.candidates;
         candidates.clear();
-        for (&id, &logit) in likeliest.ids.iter().zip(&likeliest.logits) {
-            if logit.is_nan() || logit == f32::INFINITY {
-                return Err(Error::BadLogit { token: id, value: logit });
-            }
-            if logit > f32::NEG_INFINITY && !self.banned.contains(&id) {
-                candidates.push(Candidate { id, logit });
-            }
+        candidates.extend(likeliest.ids.iter().zip(&likeliest.logits).map(|(&id, &logit)| Candidate { id, logit }));
+        // However many of the likeliest are banned, that many more are enough.
+        let enough = top_k.saturating_add(self.banned.len());
+        if enough < candidates.len() {
+            candidates.select_nth_unstable_by(enough, by_rank);
+            candidates.truncate(enough);
         }
+        candidates.retain(|candidate| candidate.logit > f32::NEG_INFINITY && !self.banned.contains(&candidate.id));
         candidates.sort_unstable_by(by_rank);
         candidates.truncate(top_k);
         // A part that is full may have left out a token like its last one.

@@ -4,7 +4,7 @@ use cuda_std::emulator::Mode;
 use gamma_tests::{engine_device, models};
 use gpt_gamma::adapter::{InferenceAdapter, detect};
 use gpt_gamma::device::{Emulated, SharedDevice};
-use gpt_gamma::engine::{Engine, Error, Gelu, Options};
+use gpt_gamma::engine::{Engine, Error, Gelu, KvType, MemoryPlan, Options};
 use gpt_gamma::model_file::ModelFile;
 
 use crate::reference::relative_error;

@@ -16,6 +16,7 @@ const WORTH_IT: usize = 8192;
 /// Chooses tokens: on the device where the likeliest is all that is wanted, else from the logits.
 pub struct Chooser {
     pub sampler: Sampler,
+    /// Whether the device's choice, the largest logit, will do unless it is banned.
     on_device: bool,
     /// Whether a few of the largest logits will do.
     by_likeliest: bool,
@@ -27,9 +28,10 @@ impl Chooser {
         // Ids that the model has and its tokenizer does not mean nothing, so they cannot be chosen.
         let (known, all) = (model.tokenizer.n_vocab(), model.spec().n_vocab);
         options.logit_bias.extend((known..all).map(|id| (id as u32, f32::NEG_INFINITY)));
-        let on_device = is_plain_greedy(&options) && !wants_logprobs;
+        let is_greedy = options.temp == 0.0;
         let sampler = Sampler::new(options, all, model.tokenizer.eog_ids())?;
-        let by_likeliest = all >= WORTH_IT && sampler.takes_likeliest() && !wants_logprobs;
+        let few_will_do = sampler.takes_likeliest() && !wants_logprobs;
+        let (on_device, by_likeliest) = (few_will_do && is_greedy, few_will_do && all >= WORTH_IT);
         Ok(Self { sampler, on_device, by_likeliest })
     }
 
@@ -37,8 +39,10 @@ impl Chooser {
     pub fn choose(&mut self, engine: &mut Engine, model: &Model) -> Result<Sampled, Error> {
         if self.on_device {
             let id = engine.greedy().map_err(|error| model.engine_error(error))?;
-            // Nobody asked for the probability.
-            return Ok(Sampled { id, logprob: f32::NAN, top: Vec::new() });
+            if !self.sampler.bans(id) {
+                // Nobody asked for the probability.
+                return Ok(Sampled { id, logprob: f32::NAN, top: Vec::new() });
+            }
         }
         if self.by_likeliest {
             let likeliest = engine.likeliest().map_err(|error| model.engine_error(error))?;
@@ -49,13 +53,6 @@ impl Chooser {
         let logits = engine.logits().map_err(|error| model.engine_error(error))?;
         Ok(self.sampler.sample(&logits)?)
     }
-}
-
-/// Whether `options` come down to the largest logit as the model made it.
-fn is_plain_greedy(options: &SamplerOptions) -> bool {
-    let penalizes =
-        options.repeat_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0;
-    options.temp == 0.0 && !penalizes && options.logit_bias.is_empty() && !options.ignore_eos
 }
 
 /// What Ctrl-C does: nobody takes it, so it ends the process; or somebody does, and sees the first one raised.
