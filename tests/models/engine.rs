@@ -201,6 +201,6 @@ fn layers_with_a_window_keep_that_and_a_chunk() {
         let options = Options { n_ctx, n_batch, kv: KvType::F16, ..Options::for_model(adapter.spec()) };
         let plan = MemoryPlan::new(adapter.spec(), file.tensors(), &options).unwrap();
         // Two layers of each kind; keys and values of two heads of 64, two bytes each.
-        assert_eq!(plan.kv_cache, (2 * (n_ctx + slots) * 2 * 2 * 64 * 2) as u64);
+        assert_eq!(plan.kv_cache(), (2 * (n_ctx + slots) * 2 * 2 * 64 * 2) as u64);
     }
 }
