@@ -101,6 +101,18 @@ pub fn set_max_dynamic_shared(function: &Function, bytes: u32) -> Result<(), Err
     check(unsafe { symbols::cuFuncSetAttribute(function.to_raw(), attribute, bytes) })
 }
 
+/// Asks that the multiprocessor's cache be all shared memory while `function` runs, as far as that goes. A multiprocessor has
+/// to be idle to change its split, so kernels that are to run side by side should ask for the same.
+///
+/// # Errors
+///
+/// [`Error::Call`] if the driver refuses.
+pub fn prefer_shared(function: &Function) -> Result<(), Error> {
+    let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as i32;
+    // SAFETY: the function's module is borrowed by it.
+    check(unsafe { symbols::cuFuncSetAttribute(function.to_raw(), attribute, 100) })
+}
+
 /// What a launch may ask for beyond its geometry. The default asks for nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LaunchAttributes {

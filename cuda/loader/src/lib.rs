@@ -22,7 +22,7 @@ pub mod graph;
 
 pub use cust;
 pub use launch::{
-    FunctionAttributes, LaunchAttributes, function_attributes, launch_ex, module_from_ptx_with_log,
+    FunctionAttributes, LaunchAttributes, function_attributes, launch_ex, module_from_ptx_with_log, prefer_shared,
     set_max_dynamic_shared,
 };
 pub use memory::{

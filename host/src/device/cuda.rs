@@ -17,7 +17,7 @@ use cuda_loader::cust::module::Module;
 use cuda_loader::cust::stream::{Stream, StreamFlags};
 use cuda_loader::graph::{CaptureMode, GraphExec, capture};
 use cuda_loader::{
-    LaunchAttributes, PinnedBuffer, copy_to_device_async, copy_to_host_async, fill_async, launch_ex,
+    LaunchAttributes, PinnedBuffer, copy_to_device_async, copy_to_host_async, fill_async, launch_ex, prefer_shared,
     set_max_dynamic_shared,
 };
 use cuda_std::{Arg, Entry, Launch, LaunchError, Launcher};
@@ -182,6 +182,10 @@ impl Kernels {
             return Ok(Arc::clone(module));
         }
         let module = Arc::new(compile(&format!("{}{}\0", self.preamble, kernel.text))?);
+        // Those that start early share multiprocessors with their neighbours: all ask for one split of the cache.
+        if entry.waits {
+            prefer_shared(&module.get_function(entry.name)?)?;
+        }
         if entry.dynamic_shared > 0 {
             set_max_dynamic_shared(&module.get_function(entry.name)?, entry.dynamic_shared)?;
         }

@@ -431,14 +431,11 @@ impl Engine {
     /// what is seen.
     fn oldest_rewind(&self) -> usize {
         let (spec, options) = (&self.model.spec, &self.model.options);
-        let kept = |to: &usize| {
-            spec.layers.iter().all(|layer| {
-                let shape = attention_shape(spec, options, layer);
-                ring::can_rewind(self.n_written, *to, shape.window, shape.n_slots)
-            })
+        let of_layer = |layer| {
+            let shape = attention_shape(spec, options, layer);
+            ring::oldest_rewind(self.n_written, shape.window, shape.n_slots)
         };
-        // What a ring has lost is all before what it still holds.
-        (1..=self.n_past).find(kept).unwrap_or(self.n_past)
+        spec.layers.iter().map(of_layer).max().unwrap_or(0)
     }
 
     /// Continues the sequence with `tokens`, in chunks of at most `n_batch`; logits are then those after the last.

@@ -22,6 +22,16 @@ pub fn can_rewind(n_written: usize, to: usize, window: Option<usize>, n_slots: u
     to <= n_written && (first_seen == to || first_seen >= first_kept)
 }
 
+/// The fewest tokens from which on [`can_rewind`] says yes to every number up to `n_written`; going back to none is always
+/// possible.
+pub fn oldest_rewind(n_written: usize, window: Option<usize>, n_slots: usize) -> usize {
+    match n_written.saturating_sub(n_slots) {
+        0 => 0,
+        // The next token sees `window − 1` cached keys, or none.
+        first_kept => n_written.min(first_kept + window.unwrap_or(n_written).saturating_sub(1)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,6 +60,21 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn from_the_oldest_on_every_number_can_be_kept_and_the_one_before_cannot() {
+        for (window, n_slots) in [(2, 2), (3, 3), (3, 8), (8, 8), (8, 11)] {
+            for n_written in 1..40 {
+                let oldest = oldest_rewind(n_written, Some(window), n_slots);
+                assert!((oldest..=n_written).all(|to| can_rewind(n_written, to, Some(window), n_slots)));
+                assert!(
+                    oldest == 0 || !can_rewind(n_written, oldest - 1, Some(window), n_slots),
+                    "{n_written} {oldest}"
+                );
+            }
+        }
+        assert_eq!(oldest_rewind(70, None, 100), 0);
     }
 
     #[test]
