@@ -45,15 +45,17 @@ const X_WORDS: usize = X_QUADS * 2 * GATE_UP_THREADS as usize;
 const PARTS_AHEAD: usize = 18;
 const EXPERT_SUMS: usize = (GATE_UP_WARPS * MAX_EXPERTS) as usize;
 
-/// Warps of a block of `experts_token_down_mxfp4`: they share 1 to 4 pairs of slots evenly.
+/// Warps of a block of `experts_token_down_mxfp4`: they share the pairs of slots evenly.
 const DOWN_WARPS: u32 = 8;
 const DOWN_THREADS: u32 = DOWN_WARPS * WARP_SIZE;
 /// The most steps of a warp in a row.
 const MAX_STEPS: u32 = 8;
-/// Scales of a warp's part of eight rows, from a multiple of 16 bytes on; and tiles whose scales are there or under way.
+/// Scales of a warp's part of eight rows, from a multiple of 16 bytes on.
 const PART_SCALES: u32 = MAX_STEPS * RUN_SCALES + 16;
 const _: () = assert!(PART_SCALES <= 16 * WARP_SIZE);
+/// Tiles whose scales have room: one in use, and as many under way as steps.
 const SCALE_TILES: u32 = 8;
+const _: () = assert!(SCALE_TILES > DEPTH);
 /// Activations of a warp: 16 bytes of each lane for each step.
 const PART_BYTES: u32 = MAX_STEPS * 16 * WARP_SIZE;
 const DOWN_BYTES: u32 = RING_BYTES + SCALE_TILES * 2 * PART_SCALES;
@@ -109,7 +111,7 @@ pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
 ///   `[n_expert]`, or empty. As [`fits`] says; n_used at most n_expert, n_parts at least 1.
 /// - Launch: [`launch_gate_up`]. Every block finishes the router for itself; then a warp owns eight features of a slot, an
 ///   mma's rows 0 to 7 being of `gate` and 8 to 15 of `up`, its columns 0, 2, 4, 6 one group of 32 elements each.
-/// - Shared memory: 56 KiB dynamic, a ring of weights and the scales for each warp; 20 KiB static, n and the router's sums;
+/// - Shared memory: 67 KiB dynamic, a ring of weights and the scales for each warp; 20 KiB static, n and the router's sums;
 ///   four barriers.
 /// - Cost: memory bound, the bytes of `n_used` experts' `gate` and `up`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
@@ -258,7 +260,7 @@ pub unsafe fn experts_token_gate_up_mxfp4(
 ///   `[n_used]`. As [`fits`] says.
 /// - Launch: [`launch_down`]. A block owns eight rows of `out` at a time, a warp two slots and an equal part of their
 ///   elements: an mma's rows 0 to 7 are of the one slot and its even columns one group each, the others of the other.
-/// - Shared memory: 56 KiB dynamic, rings of weights and scales for each warp; 38 KiB static, activations and sums; two
+/// - Shared memory: 66 KiB dynamic, rings of weights and scales for each warp; 33 KiB static, activations and sums; two
 ///   barriers each four times eight rows.
 /// - Cost: memory bound, the bytes of `n_used` experts' `down`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
