@@ -56,12 +56,13 @@ fn warps_with_several_tiles() {
 
 #[test]
 fn the_widest_layers_that_fit() {
-    assert!(fits(128, 4, 4096, 4608) && fits(32, 8, 64, 2304) && fits(32, 1, 64, 9216));
-    assert!(!fits(32, 4, 4128, 64) && !fits(32, 3, 64, 4640) && !fits(32, 7, 64, 2336) && !fits(32, 1, 64, 9248));
+    assert!(fits(128, 4, 4096, 4096) && fits(32, 8, 64, 2048) && fits(32, 1, 64, 8192));
+    assert!(!fits(32, 4, 4128, 64) && !fits(32, 3, 64, 4128) && !fits(32, 7, 64, 2080) && !fits(32, 1, 64, 8224));
     assert!(!fits(129, 4, 64, 64) && !fits(32, 9, 64, 64));
     Layer::of(2, 4096, 32, 32, 32).check_gate_up(1, 2, 1);
-    Layer::of(8, 32, 32, 2304, 32).check_down(&[7, 6, 5, 4, 3, 2, 1, 0], 1);
-    Layer::of(1, 32, 32, 9216, 32).check_down(&[0], 1);
+    Layer::of(8, 32, 32, 2048, 32).check_down(&[7, 6, 5, 4, 3, 2, 1, 0], 1);
+    Layer::of(5, 32, 32, 2048, 32).check_down(&[4, 3, 2, 1, 0], 1);
+    Layer::of(1, 32, 32, 8192, 32).check_down(&[0], 1);
 }
 
 #[test]

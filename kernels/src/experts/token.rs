@@ -22,7 +22,7 @@ const RUN_BYTES: u32 = 16 * RUN * ROWS;
 /// Scales of such a run: one of each lane.
 const RUN_SCALES: u32 = RUN * ROWS;
 /// Steps of a warp under way, each a run of two tiles.
-const DEPTH: u32 = 3;
+const DEPTH: u32 = 4;
 const STAGE_BYTES: u32 = 2 * RUN_BYTES;
 const RING_BYTES: u32 = DEPTH * STAGE_BYTES;
 
@@ -34,6 +34,8 @@ const GATE_UP_THREADS: u32 = GATE_UP_WARPS * WARP_SIZE;
 pub const MAX_D_MODEL: u32 = 4096;
 /// Scales of eight rows, from a multiple of 16 bytes on.
 const TILE_SCALES: u32 = ROWS * (MAX_D_MODEL / GROUP) + 16;
+/// Times 16 bytes of each lane.
+const TILE_PIECES: u32 = TILE_SCALES.div_ceil(16 * WARP_SIZE);
 const GATE_UP_BYTES: u32 = RING_BYTES + 2 * TILE_SCALES;
 const GATE_UP_SHARED: u32 = GATE_UP_WARPS * GATE_UP_BYTES;
 /// Quads of `x` that a thread brings.
@@ -43,14 +45,17 @@ const X_WORDS: usize = X_QUADS * 2 * GATE_UP_THREADS as usize;
 const PARTS_AHEAD: usize = 18;
 const EXPERT_SUMS: usize = (GATE_UP_WARPS * MAX_EXPERTS) as usize;
 
-/// Warps of a block of `experts_token_down_mxfp4`: they share 1 to 4 pairs of slots evenly.
-const DOWN_WARPS: u32 = 12;
+/// Warps of a block of `experts_token_down_mxfp4`: they share the pairs of slots evenly.
+const DOWN_WARPS: u32 = 8;
 const DOWN_THREADS: u32 = DOWN_WARPS * WARP_SIZE;
 /// The most steps of a warp in a row.
-const MAX_STEPS: u32 = 6;
-/// Scales of a warp's part of eight rows, from a multiple of 16 bytes on; and tiles whose scales are there or under way.
+const MAX_STEPS: u32 = 8;
+/// Scales of a warp's part of eight rows, from a multiple of 16 bytes on.
 const PART_SCALES: u32 = MAX_STEPS * RUN_SCALES + 16;
-const SCALE_TILES: u32 = DEPTH + 1;
+const _: () = assert!(PART_SCALES <= 16 * WARP_SIZE);
+/// Tiles whose scales have room: one in use, and as many under way as steps.
+const SCALE_TILES: u32 = 8;
+const _: () = assert!(SCALE_TILES > DEPTH);
 /// Activations of a warp: 16 bytes of each lane for each step.
 const PART_BYTES: u32 = MAX_STEPS * 16 * WARP_SIZE;
 const DOWN_BYTES: u32 = RING_BYTES + SCALE_TILES * 2 * PART_SCALES;
@@ -106,7 +111,7 @@ pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
 ///   `[n_expert]`, or empty. As [`fits`] says; n_used at most n_expert, n_parts at least 1.
 /// - Launch: [`launch_gate_up`]. Every block finishes the router for itself; then a warp owns eight features of a slot, an
 ///   mma's rows 0 to 7 being of `gate` and 8 to 15 of `up`, its columns 0, 2, 4, 6 one group of 32 elements each.
-/// - Shared memory: 56 KiB dynamic, a ring of weights and the scales for each warp; 20 KiB static, n and the router's sums;
+/// - Shared memory: 67 KiB dynamic, a ring of weights and the scales for each warp; 20 KiB static, n and the router's sums;
 ///   four barriers.
 /// - Cost: memory bound, the bytes of `n_used` experts' `gate` and `up`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
@@ -176,8 +181,8 @@ pub unsafe fn experts_token_gate_up_mxfp4(
             let scales = base + planes.scales + before;
             // SAFETY: the rows exist, and nobody uses this warp's shared memory.
             unsafe {
-                copy_scales(dynamic, scales_at, gate, scales, ROWS * n_groups);
-                copy_scales(dynamic, scales_at + TILE_SCALES, up, scales, ROWS * n_groups);
+                copy_scales::<TILE_PIECES>(dynamic, scales_at, gate, scales, ROWS * n_groups);
+                copy_scales::<TILE_PIECES>(dynamic, scales_at + TILE_SCALES, up, scales, ROWS * n_groups);
             }
             let mut step = 0;
             while step < DEPTH {
@@ -255,7 +260,7 @@ pub unsafe fn experts_token_gate_up_mxfp4(
 ///   `[n_used]`. As [`fits`] says.
 /// - Launch: [`launch_down`]. A block owns eight rows of `out` at a time, a warp two slots and an equal part of their
 ///   elements: an mma's rows 0 to 7 are of the one slot and its even columns one group each, the others of the other.
-/// - Shared memory: 56 KiB dynamic, rings of weights and scales for each warp; 38 KiB static, activations and sums; two
+/// - Shared memory: 66 KiB dynamic, rings of weights and scales for each warp; 33 KiB static, activations and sums; two
 ///   barriers each four times eight rows.
 /// - Cost: memory bound, the bytes of `n_used` experts' `down`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
@@ -306,11 +311,12 @@ pub unsafe fn experts_token_down_mxfp4(
         if 2 * pair + 1 < n_used { weights[slots[1] as usize] } else { 0.0 },
     ];
     // The first byte of the first tile's run of this warp, and of its scales.
-    let groups = block as usize * (ROWS * n_groups) as usize;
+    // All of them are below 2³² of a matrix, given `fits`.
+    let groups = block * ROWS * n_groups;
     let bases = experts.map(|expert| expert as usize * planes.end);
-    let run_before = (RUN_BYTES * first_run + 16 * lane) as usize;
-    let scales_before = planes.scales + (RUN_SCALES * first_run) as usize;
-    let tile_groups = n_blocks as usize * (ROWS * n_groups) as usize;
+    let run_before = RUN_BYTES * first_run + 16 * lane;
+    let scales_before = planes.scales as u32 + RUN_SCALES * first_run;
+    let tile_groups = n_blocks * ROWS * n_groups;
     let part_scales = |run: u32| ROWS * (RUN * run).min(n_groups);
     let part_bytes = part_scales((first_run + steps).min(n_runs).max(first_run)) - part_scales(first_run);
 
@@ -323,12 +329,12 @@ pub unsafe fn experts_token_down_mxfp4(
             unsafe {
                 if ahead_step == 0 && part_bytes > 0 {
                     let at = scales_at + ahead_tile % SCALE_TILES * (2 * PART_SCALES);
-                    let from = scales_before + ahead_groups;
-                    copy_scales(dynamic, at, weight, bases[0] + from, part_bytes);
-                    copy_scales(dynamic, at + PART_SCALES, weight, bases[1] + from, part_bytes);
+                    let from = (scales_before + ahead_groups) as usize;
+                    copy_scales::<1>(dynamic, at, weight, bases[0] + from, part_bytes);
+                    copy_scales::<1>(dynamic, at + PART_SCALES, weight, bases[1] + from, part_bytes);
                 }
                 if run < whole || (run < n_runs && lane < ROWS * left) {
-                    let from = 16 * ahead_groups + run_before + (ahead_step * RUN_BYTES) as usize;
+                    let from = (16 * ahead_groups + run_before + ahead_step * RUN_BYTES) as usize;
                     dynamic.copy_async(stages.place(ahead, 0) as usize, weight, bases[0] + from, true);
                     dynamic.copy_async(stages.place(ahead, 1) as usize, weight, bases[1] + from, true);
                 }
@@ -361,76 +367,73 @@ pub unsafe fn experts_token_down_mxfp4(
         i += 1;
     }
 
-    let mut tile = 0;
-    let mut taken = 0;
+    let has_bias = bias.len() > 0 && t == 0 && first_run == 0;
+    let (mut tile, mut taken) = (0, 0);
+    let (mut kept, mut total) = (0.0, 0.0);
     while block + tile * n_blocks < n_tiles {
-        // What is added to the sums: `out`, and the weighted biases, of row `lane % 8` of a tile.
-        let mut before = 0.0;
-        let own_tile = block + (tile + lane / ROWS) * n_blocks;
+        // Sums of four tiles are added up together: lane l of the first warp has row `l % 8` of tile `l / 8` of them.
+        let own_tile = block + (tile / SUM_TILES * SUM_TILES + lane / ROWS) * n_blocks;
+        let adds = warp_idx == 0 && own_tile < n_tiles;
         let o = own_tile * ROWS + lane % ROWS;
-        if warp_idx == 0 && own_tile < n_tiles {
-            before = out.read(o as usize);
-            let mut slot = 0;
-            while slot < n_used && bias.len() > 0 {
-                let row = chosen[slot as usize] as usize * d_model as usize;
-                before += weights[slot as usize] * bias[row + o as usize];
-                slot += 1;
-            }
+        if tile % SUM_TILES == 0 && adds {
+            total = out.read(o as usize);
         }
-        let mut kept = 0.0;
-        let mut k = 0;
-        while k < SUM_TILES && block + (tile + k) * n_blocks < n_tiles {
-            let at = scales_at + (tile + k) % SCALE_TILES * (2 * PART_SCALES);
-            let row_groups = groups + (tile + k) as usize * tile_groups;
-            let at = at + (scales_before + row_groups) as u32 % 16;
-            let mut sum = [0.0; 2];
-            let mut step = 0;
-            while step < steps {
-                cp_async::wait::<{ DEPTH - 1 }>();
-                let run = first_run + step;
-                // SAFETY: the copies have landed, and whole warps are here.
-                unsafe {
-                    warp::sync(); // For scales and short runs lanes read what others copied.
-                    if run < n_runs {
-                        let width = if run < whole { RUN } else { left };
-                        let words = stages.words(taken, width);
-                        let scale = at + scale_place(step, width);
-                        let scales = [dynamic.read(scale as usize), dynamic.read((scale + PART_SCALES) as usize)];
-                        let x = activations.load16((x_at + step * (4 * WARP_SIZE)) as usize);
-                        let products = multiply_run::<true>(&words, x);
-                        sum[0] += scale_of(scales[0]) * products[0];
-                        sum[1] += scale_of(scales[1]) * products[1];
-                    }
-                    if run >= whole {
-                        warp::sync(); // Nor is such a run overwritten before all have read it.
-                    }
+        let at = scales_at + tile % SCALE_TILES * (2 * PART_SCALES);
+        let at = at + (scales_before + groups + tile * tile_groups) % 16;
+        // One lane of those that share row g has its biases, of one part of the elements.
+        let mut offsets = [0.0; 2];
+        if has_bias {
+            let row = (block + tile * n_blocks) * ROWS + g;
+            offsets = experts.map(|expert| bias[expert as usize * d_model as usize + row as usize]);
+        }
+        let mut sum = [0.0; 2];
+        let mut step = 0;
+        while step < steps {
+            cp_async::wait::<{ DEPTH - 1 }>();
+            let run = first_run + step;
+            // SAFETY: the copies have landed, and whole warps are here.
+            unsafe {
+                warp::sync(); // For scales and short runs lanes read what others copied.
+                if run < n_runs {
+                    let width = if run < whole { RUN } else { left };
+                    let words = stages.words(taken, width);
+                    let scale = at + scale_place(step, width);
+                    let scales = [dynamic.read(scale as usize), dynamic.read((scale + PART_SCALES) as usize)];
+                    let x = activations.load16((x_at + step * (4 * WARP_SIZE)) as usize);
+                    let products = multiply_run::<true>(&words, x);
+                    sum[0] += scale_of(scales[0]) * products[0];
+                    sum[1] += scale_of(scales[1]) * products[1];
                 }
-                issue();
-                taken += 1;
-                step += 1;
-            }
-            let weighted = slot_weights[0] * sum[0] + slot_weights[1] * sum[1];
-            // Codes count 2⁻¹⁴ times their values, activations 2⁹ times.
-            // SAFETY: the whole warp is here.
-            let row = unsafe { warp::sum_of::<4>(weighted * (CODE_UNIT / H_UNIT)) };
-            kept = if t == k { row } else { kept };
-            k += 1;
-        }
-        // SAFETY: the whole block is here; each thread writes its own element, between barriers.
-        unsafe {
-            sums.write((warp_idx * WARP_SIZE + t * ROWS + g) as usize, kept);
-            thread::sync_threads();
-            if warp_idx == 0 && own_tile < n_tiles {
-                let mut w = 0;
-                while w < DOWN_WARPS {
-                    before += sums.read((w * WARP_SIZE + lane) as usize);
-                    w += 1;
+                if run >= whole {
+                    warp::sync(); // Nor is such a run overwritten before all have read it.
                 }
-                out.write(o as usize, before);
             }
-            thread::sync_threads();
+            issue();
+            taken += 1;
+            step += 1;
         }
-        tile += SUM_TILES;
+        // Codes count 2⁻¹⁴ times their values, activations 2⁹ times.
+        let product = |i: usize| slot_weights[i] * (sum[i] * (CODE_UNIT / H_UNIT) + offsets[i]);
+        // SAFETY: the whole warp is here.
+        let row = unsafe { warp::sum_of::<4>(product(0) + product(1)) };
+        kept = if t == tile % SUM_TILES { row } else { kept };
+        tile += 1;
+        if tile % SUM_TILES == 0 || block + tile * n_blocks >= n_tiles {
+            // SAFETY: the whole block is here, since its tiles are; each thread writes its own element, between barriers.
+            unsafe {
+                sums.write((warp_idx * WARP_SIZE + t * ROWS + g) as usize, kept);
+                thread::sync_threads();
+                if adds {
+                    let mut w = 0;
+                    while w < DOWN_WARPS {
+                        total += sums.read((w * WARP_SIZE + lane) as usize);
+                        w += 1;
+                    }
+                    out.write(o as usize, total);
+                }
+                thread::sync_threads();
+            }
+        }
     }
 }
 
@@ -487,13 +490,13 @@ impl Routed {
         unsafe { grid::wait() };
 
         let sums = shared_array!(experts_token_sums: [f32; EXPERT_SUMS]);
-        let mut squares = 0.0;
-        let mut p = thread;
-        while p < n_parts {
+        // Nothing is used before all is asked for.
+        let x = quads(x);
+        let square_at = |p: u32| {
             // SAFETY: the row's last element.
-            squares += unsafe { parts.read_unchecked((p * n_columns + n_expert) as usize) };
-            p += GATE_UP_THREADS;
-        }
+            if p < n_parts { unsafe { parts.read_unchecked((p * n_columns + n_expert) as usize) } } else { 0.0 }
+        };
+        let first_square = square_at(thread);
         let mut e = lane;
         while e < MAX_EXPERTS {
             let mut sum = 0.0;
@@ -523,7 +526,12 @@ impl Routed {
                 break; // The same for the whole warp.
             }
         }
-        let x = quads(x);
+        let mut squares = first_square;
+        let mut p = thread + GATE_UP_THREADS;
+        while p < n_parts {
+            squares += square_at(p);
+            p += GATE_UP_THREADS;
+        }
 
         let square_sums = shared_array!(experts_token_squares: [f32; GATE_UP_THREADS as usize]);
         let logits = shared_array!(experts_token_logits: [f32; GATE_UP_THREADS as usize]);
@@ -678,19 +686,22 @@ fn scale_place(run: u32, width: u32) -> u32 {
 }
 
 /// Starts copying `bytes` bytes from `start` on, of any alignment, to byte `at` and further by as much as `start` is beyond
-/// a multiple of 16.
+/// a multiple of 16. Each lane copies 16 bytes, `PIECES` times at most.
 ///
 /// # Safety
 ///
 /// The whole warp is here; the bytes exist, and those around them to multiples of 16; the room is free.
 #[inline(always)]
-unsafe fn copy_scales(into: Shared<u8>, at: u32, weight: Global<u8>, start: usize, bytes: u32) {
+unsafe fn copy_scales<const PIECES: u32>(into: Shared<u8>, at: u32, weight: Global<u8>, start: usize, bytes: u32) {
     let before = start as u32 % 16;
-    let mut i = 16 * warp::lane_id();
-    while i < before + bytes {
-        // SAFETY: planes are whole multiples of 16 bytes.
-        unsafe { into.copy_async((at + i) as usize, weight, start - before as usize + i as usize, true) };
-        i += 16 * WARP_SIZE;
+    let mut piece = 0;
+    while piece < PIECES {
+        let i = 16 * (warp::lane_id() + piece * WARP_SIZE);
+        if i < before + bytes {
+            // SAFETY: planes are whole multiples of 16 bytes.
+            unsafe { into.copy_async((at + i) as usize, weight, start - before as usize + i as usize, true) };
+        }
+        piece += 1;
     }
 }
 
