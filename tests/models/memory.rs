@@ -178,7 +178,7 @@ fn the_plan_is_what_the_driver_reports_within_one_percent() {
     assert!(wants_gpu(), "set GAMMA_TEST_DEVICE=cuda");
     let (file, mut spec) = open(TINY[1]);
     // Positions are turned, not looked up, so the spec may promise more than the training did.
-    spec.n_ctx = 1 << 19;
+    spec.n_ctx = 1 << 20;
     let options = Options::for_model(&spec);
     let device = engine_device();
     let planned = total(&spec, file.tensors(), &options);
