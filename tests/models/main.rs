@@ -4,6 +4,7 @@
 
 mod engine;
 mod memory;
+mod mixed;
 mod mutations;
 mod reference;
 mod regression;
