@@ -95,7 +95,7 @@ pub fn emulated(args: &DeviceArgs) -> SharedDevice {
 }
 
 fn emulator(limit: Option<u64>) -> SharedDevice {
-    Arc::new(Emulated::with_limit(Mode::Fast, limit.unwrap_or(u64::MAX)))
+    Arc::new(Emulated::with_limit(Mode::Fast, limit.unwrap_or(u64::MAX)).for_use())
 }
 
 /// Whether the user leaves it to us where to run: nobody who names a GPU wants the emulator.

@@ -382,6 +382,10 @@ impl Device for Cuda {
         format!("{} ({} PTX)", self.card, self.ptx.name())
     }
 
+    fn multiprocessors(&self) -> u32 {
+        self.n_sm
+    }
+
     fn memory(&self) -> Result<MemoryInfo, Error> {
         let (free, total) = self.inner.run("memory info", cuda_loader::memory_info)?;
         let since = ((total - free) as u64).saturating_sub(self.before);

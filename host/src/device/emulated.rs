@@ -13,6 +13,7 @@ pub struct Emulated {
     emulator: Arc<Emulator>,
     limit: u64,
     used: AtomicU64,
+    prefers_scalars: bool,
 }
 
 impl Emulated {
@@ -23,7 +24,12 @@ impl Emulated {
 
     /// A device that behaves as if it had `limit` bytes.
     pub fn with_limit(mode: Mode, limit: u64) -> Self {
-        Self { emulator: Arc::new(Emulator::new(mode)), limit, used: AtomicU64::new(0) }
+        Self { emulator: Arc::new(Emulator::new(mode)), limit, used: AtomicU64::new(0), prefers_scalars: false }
+    }
+
+    /// Runs models with what is fastest here, not with what a GPU would run: see [`Device::prefers_scalars`].
+    pub fn for_use(self) -> Self {
+        Self { prefers_scalars: true, ..self }
     }
 }
 
@@ -37,6 +43,14 @@ impl Launcher for Emulated {
 impl Device for Emulated {
     fn name(&self) -> String {
         format!("SIMT emulator on {} CPU threads", std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        rayon::current_num_threads() as u32
+    }
+
+    fn prefers_scalars(&self) -> bool {
+        self.prefers_scalars
     }
 
     fn memory(&self) -> Result<MemoryInfo, Error> {

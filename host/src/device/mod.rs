@@ -28,6 +28,16 @@ pub trait Device: Launcher + Send + Sync {
     /// What to call it in messages: the card's name, or the emulator's.
     fn name(&self) -> String;
 
+    /// How many blocks run side by side at least: a GPU's multiprocessors, the emulator's threads. One token's experts are dealt
+    /// out to as many.
+    fn multiprocessors(&self) -> u32;
+
+    /// Whether one token's products are cheaper without tensor cores: an emulated `mma` costs the same whether one of its eight
+    /// columns counts or all.
+    fn prefers_scalars(&self) -> bool {
+        false
+    }
+
     /// Its memory right now.
     ///
     /// # Errors

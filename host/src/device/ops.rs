@@ -914,10 +914,6 @@ pub fn experts_rows(
     }
 }
 
-/// The multiprocessors that one token's kernels are spread over: an H100's. Fewer take several blocks each; results do not
-/// depend on it.
-const MULTIPROCESSORS: u32 = 132;
-
 /// What ends a router whose logits [`linear_fused`] began.
 #[derive(Clone, Copy)]
 pub struct RouterFinish<'a> {
@@ -935,6 +931,8 @@ pub struct RouterFinish<'a> {
 #[derive(Clone, Copy)]
 #[expect(missing_docs, reason = "the names of the kernels' parameters")]
 pub struct TokenExperts<'a> {
+    /// Blocks to deal the work out to; results do not depend on it.
+    pub n_blocks: u32,
     pub n_expert: usize,
     pub d_model: usize,
     pub d_ff: usize,
@@ -994,7 +992,7 @@ pub fn experts_token(
     unsafe {
         token_experts::run_gate_up(
             launcher,
-            MULTIPROCESSORS,
+            token.n_blocks,
             h,
             ids,
             weights,
@@ -1011,7 +1009,7 @@ pub fn experts_token(
             f,
             p,
         )?;
-        token_experts::run_down(launcher, MULTIPROCESSORS, x, down, down_bias, h, ids, weights, f, d)
+        token_experts::run_down(launcher, token.n_blocks, x, down, down_bias, h, ids, weights, f, d)
     }
 }
 

@@ -93,7 +93,9 @@ impl Model {
                 let is_mxfp4 = [gate.format, up.format, down.format] == [WeightFormat::Mxfp4; 3];
                 let fits = ops::experts_token_fits(*n_expert, *n_used, d, d_ff)
                     && ops::router_fits(output.n_in, output.n_out, *n_expert);
-                let (NormSpec::Rms { gamma, epsilon }, true) = (&layer.ffn_norm, is_mxfp4 && fits) else {
+                let (NormSpec::Rms { gamma, epsilon }, true) =
+                    (&layer.ffn_norm, is_mxfp4 && fits && !self.device.prefers_scalars())
+                else {
                     self.product(launcher, x, attended, None, &layer.attention_output, Epilogue::Add)?;
                     let normed = self.work.normed.view().part(0..d);
                     self.norm(launcher, normed, x, &layer.ffn_norm)?;
@@ -110,6 +112,7 @@ impl Model {
                 ops::linear_fused(launcher, x, output.linear(), attended, None, bias, Epilogue::Add, shares)?;
                 let finish = RouterFinish { parts, gamma, bias: router.bias.map(vector), epsilon: *epsilon };
                 let token = TokenExperts {
+                    n_blocks: self.device.multiprocessors(),
                     n_expert: *n_expert,
                     d_model: d,
                     d_ff,
