@@ -116,8 +116,8 @@ fn plan_adds_up_and_the_largest_context_is_the_largest() {
     let sum = weights + number(whole, "kv_cache_bytes") + number(whole, "workspace_bytes");
     assert_eq!((number(whole, "total_bytes"), number(whole, "n_ctx")), (sum, 1024));
     assert_eq!((&whole["fits"], &whole["largest_ctx"]), (&true.into(), &1024.into()));
-    // 2 (K and V) · 4 layers · 1024 tokens · 2 heads of 64 · 2 bytes
-    assert_eq!(number(whole, "kv_cache_bytes"), 2 * 4 * 1024 * 128 * 2);
+    // 2 (K and V) · (2 layers · 1024 tokens + 2 · (a window of 64 + a chunk of 512)) · 2 heads of 64 · 2 bytes
+    assert_eq!(number(whole, "kv_cache_bytes"), 2 * (2 * 1024 + 2 * (64 + 512)) * 128 * 2);
     let double = &plan(&["--kv", "f32"]).json()[0];
     assert_eq!(number(double, "kv_cache_bytes"), 2 * number(whole, "kv_cache_bytes"));
 

@@ -43,11 +43,10 @@ const ROUTER_FLOATS: u32 = 12_288;
 /// The most experts that a router may have.
 pub const MAX_EXPERTS: u32 = 128;
 
-/// How many rows of a matrix a block has: an equal share, but enough for 64 threads to have a group, or for 512 where the
-/// norm of x, which every block makes for itself, is as long as a few rows.
+/// How many rows of a matrix a block has: an equal share, but enough for 64 threads to have a group.
 #[cfg(not(target_arch = "nvptx64"))]
 const fn rows_per_block(n_in: u32, n_out: u32) -> u32 {
-    let (share, least) = (n_out.div_ceil(BLOCKS), (if n_in <= 256 { 512_u32 } else { 64 }).div_ceil(n_in / GROUP));
+    let (share, least) = (n_out.div_ceil(BLOCKS), 64_u32.div_ceil(n_in / GROUP));
     if share > least { share } else { least }
 }
 
