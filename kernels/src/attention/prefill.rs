@@ -100,7 +100,7 @@ macro_rules! attention_prefill_f32 {
         /// - Shared memory: 5 KB, one barrier.
         /// - Cost: L2 bound: every query reads its keys and values anew.
         /// - Determinism: one fixed order of operations.
-        /// - Source: as [`attention_decode_f32_64`](fn@super::decode::attention_decode_f32_64), with one split.
+        /// - Source: as [`attention_token_f32_64`](fn@super::token::single::attention_token_f32_64), with one split.
         ///
         /// # Safety
         ///

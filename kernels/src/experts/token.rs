@@ -81,7 +81,7 @@ pub const fn fits(n_expert: u32, n_used: u32, d_model: u32, d_ff: u32) -> bool {
     d_ff.div_ceil(GROUP * RUN).div_ceil(splits) <= MAX_STEPS
 }
 
-/// The geometry [`experts_token_gate_up_mxfp4`] is written for: a block for each multiprocessor, or for each tile if those
+/// The geometry [`experts_token_gate_up_mxfp4`](fn@experts_token_gate_up_mxfp4) is written for: a block for each multiprocessor, or for each tile if those
 /// are fewer. Any number of blocks gives the same bits.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_gate_up(n_multiprocessors: u32, n_used: u32, d_ff: u32) -> Launch {
@@ -90,7 +90,7 @@ pub const fn launch_gate_up(n_multiprocessors: u32, n_used: u32, d_ff: u32) -> L
     Launch { grid: [blocks, 1, 1], block: [WARP_SIZE, GATE_UP_WARPS, 1] }
 }
 
-/// The geometry [`experts_token_down_mxfp4`] is written for: as [`launch_gate_up`].
+/// The geometry [`experts_token_down_mxfp4`](fn@experts_token_down_mxfp4) is written for: as [`launch_gate_up`].
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
     let n_tiles = d_model / ROWS;
@@ -256,7 +256,7 @@ pub unsafe fn experts_token_gate_up_mxfp4(
 ///
 /// - Math: `out[o] ← out[o] + Σₛ weights[s] · (downₑ[o] · h[s] + bias[e, o])`, `e = chosen[s]`.
 /// - Shapes: `out`: `[d_model]`; `weight`: `[n_expert, d_model, d_ff]`, each expert in its planes; `bias`: `[n_expert,
-///   d_model]`, or empty; `h`: `[n_used, d_ff / 2]`, as [`experts_token_gate_up_mxfp4`] leaves it; `chosen`, `weights`:
+///   d_model]`, or empty; `h`: `[n_used, d_ff / 2]`, as [`experts_token_gate_up_mxfp4`](fn@experts_token_gate_up_mxfp4) leaves it; `chosen`, `weights`:
 ///   `[n_used]`. As [`fits`] says.
 /// - Launch: [`launch_down`]. A block owns eight rows of `out` at a time, a warp two slots and an equal part of their
 ///   elements: an mma's rows 0 to 7 are of the one slot and its even columns one group each, the others of the other.
