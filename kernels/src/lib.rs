@@ -38,6 +38,7 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     gelu::ENTRIES,
     embed::ENTRIES,
     matvec::ENTRIES,
+    matvec::stream::ENTRIES,
     matmul::ENTRIES,
     matmul::powers::ENTRIES,
     matmul::rows::ENTRIES,

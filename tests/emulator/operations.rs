@@ -246,6 +246,55 @@ fn mma_knows_every_f16() {
     }
 }
 
+#[kernel(threads = 32)]
+unsafe fn multiply_bytes(out: Disjoint<i32>, a: Global<u32>, b: Global<u32>, c: Global<i32>) {
+    let lane = warp::lane_id() as usize;
+    let a = [a[lane * 4], a[lane * 4 + 1], a[lane * 4 + 2], a[lane * 4 + 3]];
+    let c = [c[lane * 4], c[lane * 4 + 1], c[lane * 4 + 2], c[lane * 4 + 3]];
+    let d = mma::m16n8k32_s8(a, [b[lane * 2], b[lane * 2 + 1]], c);
+    for (i, d) in d.into_iter().enumerate() {
+        out.write(lane * 4 + i, d);
+    }
+}
+
+#[test]
+fn mma_of_bytes_is_the_matrix_product_in_the_documented_layout() {
+    let mut random = Random(4);
+    for device in all_modes() {
+        // PTX ISA, m16n8k32 of .s8: for a_i, row = g for 0 ≤ i < 4 and 8 ≤ i < 12, else g + 8; column = 4 t + (i & 3), 16 more
+        // from i = 8 on. For b_i, row = 4 t + (i & 3), 16 more from i = 4 on; column = g. c_i as for m16n8k16.
+        let mut byte = || random.uniform(-128.0, 128.0).floor() as i8;
+        let a: [[i8; 32]; 16] = [0; 16].map(|_| [0; 32].map(|_| byte()));
+        let mut b: [[i8; 8]; 32] = [0; 32].map(|_| [0; 8].map(|_| byte()));
+        b[3] = [i8::MIN; 8];
+        let c: [[i32; 8]; 16] = [0; 16].map(|_| [0; 8].map(|_| i32::from(byte()) << 23));
+        let (mut of_a, mut of_b, mut of_c) = (Vec::new(), Vec::new(), Vec::new());
+        for lane in 0..32 {
+            let (g, t) = (lane / 4, lane % 4);
+            let a_i = |i: usize| {
+                a[if matches!(i, 0..4 | 8..12) { g } else { g + 8 }][4 * t + (i & 3) + if i < 8 { 0 } else { 16 }]
+            };
+            let b_i = |i: usize| b[4 * t + (i & 3) + if i < 4 { 0 } else { 16 }][g];
+            let word = |of: &dyn Fn(usize) -> i8, first: usize| {
+                u32::from_le_bytes([0, 1, 2, 3].map(|i| of(first + i).cast_unsigned()))
+            };
+            of_a.extend([0, 4, 8, 12].map(|first| word(&a_i, first)));
+            of_b.extend([0, 4].map(|first| word(&b_i, first)));
+            of_c.extend((0..4).map(|i| c[if i < 2 { g } else { g + 8 }][2 * t + (i & 1)]));
+        }
+        let out = device.uninitialized::<i32>(128);
+        let (of_a, of_b, of_c) = (device.upload(&of_a), device.upload(&of_b), device.upload(&of_c));
+        unsafe { multiply_bytes::run(&device.0, ONE_WARP, out, of_a, of_b, of_c) }.unwrap();
+        for (lane, found) in device.download(out).unwrap().chunks_exact(4).enumerate() {
+            for (i, &found) in found.iter().enumerate() {
+                let (row, column) = (lane / 4 + if i < 2 { 0 } else { 8 }, 2 * (lane % 4) + (i & 1));
+                let products = (0..32).map(|k| i32::from(a[row][k]) * i32::from(b[k][column]));
+                assert_eq!(found, products.fold(c[row][column], i32::wrapping_add), "({row}, {column})");
+            }
+        }
+    }
+}
+
 const STRIDE: usize = 24;
 
 #[kernel(threads = 32)]

@@ -49,20 +49,22 @@ fn tiles_not_a_multiple_of_those_added_up_together() {
 
 #[test]
 fn warps_with_several_tiles() {
-    // One block: 11 warps share 48 tiles one way.
+    // One block: 16 warps share 48 tiles, or two blocks if there are more.
     Layer::new(4, 128, 192).check(2, 1, 1);
     Layer::new(4, 160, 64).check(4, 1, 2);
 }
 
 #[test]
 fn the_widest_layers_that_fit() {
-    assert!(fits(128, 4, 4096, 4096) && fits(32, 8, 64, 2048) && fits(32, 1, 64, 8192));
-    assert!(!fits(32, 4, 4128, 64) && !fits(32, 3, 64, 4128) && !fits(32, 7, 64, 2080) && !fits(32, 1, 64, 8224));
+    assert!(fits(128, 4, 4096, 3072) && fits(32, 6, 64, 2048) && fits(32, 8, 64, 1536) && fits(32, 1, 64, 6144));
+    assert!(!fits(32, 4, 4128, 64) && !fits(32, 3, 64, 3104) && !fits(32, 5, 64, 2080) && !fits(32, 7, 64, 1568));
+    assert!(!fits(32, 1, 64, 6176));
     assert!(!fits(129, 4, 64, 64) && !fits(32, 9, 64, 64));
     Layer::of(2, 4096, 32, 32, 32).check_gate_up(1, 2, 1);
-    Layer::of(8, 32, 32, 2048, 32).check_down(&[7, 6, 5, 4, 3, 2, 1, 0], 1);
+    Layer::of(8, 32, 32, 1536, 32).check_down(&[7, 6, 5, 4, 3, 2, 1, 0], 1);
     Layer::of(5, 32, 32, 2048, 32).check_down(&[4, 3, 2, 1, 0], 1);
-    Layer::of(1, 32, 32, 8192, 32).check_down(&[0], 1);
+    Layer::of(4, 32, 32, 3072, 32).check_down(&[3, 1, 2, 0], 1);
+    Layer::of(1, 32, 32, 6144, 32).check_down(&[0], 1);
 }
 
 #[test]
@@ -129,11 +131,11 @@ fn the_smallest_and_the_largest_scale_of_e8m0_are_kept() {
 }
 
 #[test]
-fn launches_of_any_size_repeat_to_the_bit() {
+fn launches_repeat_to_the_bit_and_down_s_of_any_size() {
     let layer = Layer::new(8, 160, 96);
     let (x, before) = (layer.x(), normal(8, 160));
     let run = |device: &TestDevice, n_blocks: u32| {
-        let found = layer.gate_up(device, 4, &x, &layer.parts(&x, 5), &layer.router_bias, EPSILON, n_blocks);
+        let found = layer.gate_up(device, 4, &x, &layer.parts(&x, 5), &layer.router_bias, EPSILON, 3);
         let out = layer.down(device, &before, &found.h, &found.chosen, &found.weights, n_blocks);
         (found.h, found.chosen, out)
     };

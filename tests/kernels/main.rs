@@ -14,6 +14,7 @@ mod layer_norm;
 mod matmul;
 mod matmul_rows;
 mod matvec;
+mod matvec_stream;
 mod norm_rows;
 mod probe;
 mod rms_norm;

@@ -1,4 +1,4 @@
-//! Launch bounds: rustc cannot write `.maxntid` and `.minnctapersm`, and without them ptxas squeezes a streaming kernel into
+//! Launch bounds: rustc cannot write `.maxntid`, `.minnctapersm` and `.maxnreg`, and without them ptxas squeezes a streaming kernel into
 //! 31 registers and keeps 6 of 24 loads in flight instead of 22. `#[kernel]` leaves them as a comment; this writes them.
 
 use std::collections::HashMap;
@@ -7,7 +7,8 @@ use crate::Error;
 
 const MARK: &str = "//@ bounds ";
 
-/// Turns the `//@ bounds NAME threads=T blocks_per_sm=B` lines that `#[kernel]` left into directives of the entries.
+/// Turns the `//@ bounds NAME threads=T blocks_per_sm=B registers=R` lines that `#[kernel]` left into directives of the
+/// entries; R is 0 where nothing bounds registers but B.
 ///
 /// # Errors
 ///
@@ -18,12 +19,15 @@ pub fn write_launch_bounds(ptx: &str) -> Result<String, Error> {
     for line in ptx.lines().filter_map(|line| line.trim().strip_prefix(MARK)) {
         let mut words = line.split(' ');
         let entry = words.next().unwrap_or_default();
-        let threads = words.next().and_then(|word| word.strip_prefix("threads=")?.parse::<u32>().ok());
-        let blocks = words.next().and_then(|word| word.strip_prefix("blocks_per_sm=")?.parse::<u32>().ok());
-        let (Some(threads), Some(blocks)) = (threads, blocks) else {
+        let mut number = |name: &str| words.next()?.strip_prefix(name)?.strip_prefix('=')?.parse::<u32>().ok();
+        let (Some(threads), Some(blocks), Some(registers)) =
+            (number("threads"), number("blocks_per_sm"), number("registers"))
+        else {
             return Err(problem(entry, "its bounds line is malformed"));
         };
-        bounds.insert(entry, (threads, blocks));
+        let of_registers =
+            if registers > 0 { format!(".maxnreg {registers}") } else { format!(".minnctapersm {blocks}") };
+        bounds.insert(entry, format!(".maxntid {threads}, 1, 1\n{of_registers}\n"));
     }
 
     let mut out = String::with_capacity(ptx.len() + 64 * bounds.len());
@@ -38,9 +42,9 @@ pub fn write_launch_bounds(ptx: &str) -> Result<String, Error> {
         if line == "{"
             && let Some(entry) = entry.take()
         {
-            let (threads, blocks) =
+            let directives =
                 bounds.remove(entry).ok_or_else(|| problem(entry, "it has no bounds line; make it with #[kernel]"))?;
-            out.push_str(&format!(".maxntid {threads}, 1, 1\n.minnctapersm {blocks}\n"));
+            out.push_str(&directives);
         }
         out.push_str(line);
         out.push('\n');
@@ -59,9 +63,13 @@ mod tests {
 
     #[test]
     fn directives_stand_between_parameters_and_body() {
-        let ptx = format!("//@ bounds scale threads=256 blocks_per_sm=2\n{ENTRY}");
-        let expected = ".visible .entry scale(\n\t.param .u64 scale_param_0\n)\n.maxntid 256, 1, 1\n.minnctapersm 2\n{\n\tret;\n}\n";
-        assert_eq!(write_launch_bounds(&ptx).unwrap(), expected);
+        for (registers, directive) in [(0, ".minnctapersm 2"), (96, ".maxnreg 96")] {
+            let ptx = format!("//@ bounds scale threads=256 blocks_per_sm=2 registers={registers}\n{ENTRY}");
+            let expected = format!(
+                ".visible .entry scale(\n\t.param .u64 scale_param_0\n)\n.maxntid 256, 1, 1\n{directive}\n{{\n\tret;\n}}\n"
+            );
+            assert_eq!(write_launch_bounds(&ptx).unwrap(), expected);
+        }
     }
 
     #[test]
@@ -72,7 +80,7 @@ mod tests {
 
     #[test]
     fn bounds_without_an_entry_are_an_error() {
-        let error = write_launch_bounds("//@ bounds gone threads=1 blocks_per_sm=1\n").unwrap_err();
+        let error = write_launch_bounds("//@ bounds gone threads=1 blocks_per_sm=1 registers=0\n").unwrap_err();
         assert!(matches!(error, Error::Bounds { entry, .. } if entry == "gone"));
     }
 }

@@ -23,8 +23,10 @@ use syn::{Error, Expr, FnArg, GenericArgument, ItemFn, Pat, PathArguments, Retur
 ///   slice, and `scale::ENTRY`, the interface as data.
 ///
 /// `threads` is the most threads a block may have; `blocks_per_sm` (default 1), how many such blocks an SM must hold. Both
-/// are constants. `dynamic_shared` (default 0) is the bytes of its `dynamic_shared_array!`. A kernel marked `waits` calls
-/// `grid::wait` itself; others wait first of all, so that any may be launched early. The function is `unsafe`, returns
+/// are constants, as is `registers`, the most of a thread (`.maxnreg`, in place of `.minnctapersm`). `dynamic_shared` (default 0) is the bytes of its `dynamic_shared_array!`. A kernel marked `waits` calls
+/// `grid::wait` itself; others wait first of all, so that any may be launched early. One marked `launches` calls
+/// `grid::launch_dependents` itself; others let the next grid start first of all. Of one marked `alone` a multiprocessor gets no two blocks where grids
+/// overlap: the host asks for more than half of its shared memory. The function is `unsafe`, returns
 /// nothing and has no generics.
 #[proc_macro_attribute]
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
@@ -37,16 +39,27 @@ struct Bounds {
     threads: Expr,
     blocks_per_sm: Expr,
     dynamic_shared: Expr,
+    /// 0: no bound.
+    registers: Expr,
     waits: bool,
+    launches: bool,
+    alone: bool,
 }
 
 impl Parse for Bounds {
     fn parse(input: ParseStream) -> syn::Result<Self> {
-        let (mut threads, mut blocks_per_sm, mut dynamic_shared, mut waits) = (None, None, None, false);
+        let (mut threads, mut blocks_per_sm, mut dynamic_shared, mut registers) = (None, None, None, None);
+        let (mut waits, mut launches, mut alone) = (false, false, false);
         while !input.is_empty() {
             let name: Ident = input.parse()?;
-            if name == "waits" {
-                waits = true;
+            let flag = match name.to_string().as_str() {
+                "waits" => Some(&mut waits),
+                "launches" => Some(&mut launches),
+                "alone" => Some(&mut alone),
+                _ => None,
+            };
+            if let Some(flag) = flag {
+                *flag = true;
                 if !input.is_empty() {
                     input.parse::<Token![,]>()?;
                 }
@@ -57,8 +70,10 @@ impl Parse for Bounds {
                 "threads" => &mut threads,
                 "blocks_per_sm" => &mut blocks_per_sm,
                 "dynamic_shared" => &mut dynamic_shared,
+                "registers" => &mut registers,
                 _ => {
-                    let expected = "expected `threads`, `blocks_per_sm`, `dynamic_shared` or `waits`";
+                    let expected = "expected `threads`, `blocks_per_sm`, `dynamic_shared`, `registers`, `waits`, `launches` \
+                                    or `alone`";
                     return Err(Error::new(name.span(), expected));
                 }
             };
@@ -75,7 +90,10 @@ impl Parse for Bounds {
             threads,
             blocks_per_sm: blocks_per_sm.unwrap_or_else(|| syn::parse_quote!(1)),
             dynamic_shared: dynamic_shared.unwrap_or_else(|| syn::parse_quote!(0)),
+            registers: registers.unwrap_or_else(|| syn::parse_quote!(0)),
             waits,
+            launches,
+            alone,
         })
     }
 }
@@ -101,7 +119,8 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
     }
 
     let (name, visibility) = (&signature.ident, &function.vis);
-    let Bounds { threads, blocks_per_sm, dynamic_shared, waits } = bounds;
+    let Bounds { threads, blocks_per_sm, dynamic_shared, registers, waits, launches, alone } = bounds;
+    let launch = if *launches { quote!() } else { quote!(::cuda_std::grid::launch_dependents();) };
     let wait = if *waits { quote!() } else { quote!(::cuda_std::grid::wait();) };
     let conditional = function.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg"));
     let conditional: Vec<_> = conditional.collect();
@@ -144,7 +163,8 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
 
     let text = name.to_string();
     let entry_module = format_ident!("{name}_entry");
-    let comment = format!("//@ bounds {text} threads={{threads}} blocks_per_sm={{blocks_per_sm}}");
+    let comment =
+        format!("//@ bounds {text} threads={{threads}} blocks_per_sm={{blocks_per_sm}} registers={{registers}}");
     let launcher_doc = format!("Interface and typed launcher of the kernel [`{text}`](fn@{text}).");
     Ok(quote! {
         #[cfg_attr(target_arch = "nvptx64", inline(always))]
@@ -155,11 +175,12 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
         mod #entry_module {
             use super::*;
             ::cuda_std::internal::global_asm!(
-                #comment, threads = const { #threads }, blocks_per_sm = const { #blocks_per_sm }
+                #comment, threads = const { #threads }, blocks_per_sm = const { #blocks_per_sm },
+                registers = const { #registers }
             );
             #[unsafe(export_name = #text)]
             unsafe extern "ptx-kernel" fn entry(#(#flat),*) {
-                ::cuda_std::grid::launch_dependents();
+                #launch
                 // SAFETY: every thread is here; the launch contract is the kernel's own.
                 unsafe {
                     #wait
@@ -189,6 +210,7 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
                 blocks_per_sm: #blocks_per_sm,
                 dynamic_shared: (#dynamic_shared) as u32,
                 waits: #waits,
+                alone: #alone,
                 emulate: Self::emulate,
             };
 

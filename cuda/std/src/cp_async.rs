@@ -1,6 +1,6 @@
-//! `cp.async`: 16-byte copies from device to shared memory that run beside arithmetic, sm_80 and later.
+//! `cp.async`: copies of 16 or 4 bytes from device to shared memory that run beside arithmetic, sm_80 and later.
 //!
-//! [`Shared::copy_async`](crate::Shared::copy_async) issues a copy, [`commit`] closes a group of them, [`wait`] waits for
+//! [`Shared::copy_async`](crate::Shared::copy_async) and [`Shared::copy_async4`](crate::Shared::copy_async4) issue a copy, [`commit`] closes a group of them, [`wait`] waits for
 //! this thread's groups; a barrier then makes them visible to the block.
 
 use crate::machine;

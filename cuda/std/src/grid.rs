@@ -3,12 +3,15 @@
 //! On Hopper a grid may be launched while the one before it still runs (*programmatic dependent launch*, CUDA programming
 //! guide, section of that name): its blocks are then resident early, and what they do before [`wait`] runs beside the end
 //! of the other. `#[kernel]` begins every kernel with [`launch_dependents`] and [`wait`], so that each is safe to launch
-//! that way; a kernel marked `#[kernel(…, waits)]` calls [`wait`] itself, after it asked for weights. On older targets, and
+//! that way; a kernel marked `#[kernel(…, waits)]` calls [`wait`] itself, after it asked for weights, and one marked
+//! `launches` calls [`launch_dependents`] when it has asked for its last: weights that the next grid asks for earlier only
+//! take their way from its own. On older targets, and
 //! in the emulator, where grids follow one another, both do nothing.
 
 use crate::{Atomics, Shared, machine, thread};
 
-/// `griddepcontrol.launch_dependents`: the next grid may start once all blocks of this one have said so or returned.
+/// `griddepcontrol.launch_dependents`: the next grid may start once all blocks of this one have said so or returned. A block
+/// has said so when one of its threads has, and may say it again.
 #[inline(always)]
 pub fn launch_dependents() {
     machine::launch_dependents();

@@ -43,6 +43,8 @@ pub struct Entry {
     pub dynamic_shared: u32,
     /// Whether it calls [`grid::wait`](crate::grid::wait) itself, instead of first of all.
     pub waits: bool,
+    /// Whether a multiprocessor is to have no two of its blocks, where grids overlap.
+    pub alone: bool,
     /// The same body for the emulator. Called once per thread, inside its coroutine.
     #[doc(hidden)]
     pub emulate: unsafe fn(&[emulator::Argument]),

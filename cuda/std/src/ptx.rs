@@ -249,6 +249,25 @@ pub unsafe fn mma_m16n8k16_f16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4
     [d0, d1, d2, d3]
 }
 
+/// # Safety
+/// [`crate::mma::m16n8k32_s8`]'s.
+#[inline(always)]
+pub unsafe fn mma_m16n8k32_s8(a: [u32; 4], b: [u32; 2], c: [i32; 4]) -> [i32; 4] {
+    let (d0, d1, d2, d3): (i32, i32, i32, i32);
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{}, {}, {}, {}}}, {{{}, {}, {}, {}}}, {{{}, {}}}, {{{}, {}, {}, {}}};",
+            lateout(reg32) d0, lateout(reg32) d1, lateout(reg32) d2, lateout(reg32) d3,
+            in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3],
+            in(reg32) b[0], in(reg32) b[1],
+            in(reg32) c[0], in(reg32) c[1], in(reg32) c[2], in(reg32) c[3],
+            options(nomem, nostack)
+        );
+    }
+    [d0, d1, d2, d3]
+}
+
 #[inline(always)]
 pub fn cp_async_commit() {
     // SAFETY: orders this thread's copies.
@@ -269,6 +288,17 @@ pub unsafe fn copy_async<T>(to: SharedAddress, i: usize, _len: usize, from: *con
     // SAFETY: the caller's promise.
     unsafe {
         asm!("cp.async.cg.shared.global [{}], [{}], 16, {};", in(reg32) at::<T>(to, i), in(reg64) from, in(reg32) bytes);
+    }
+}
+
+/// # Safety
+/// [`crate::Shared::copy_async4`]'s.
+#[inline(always)]
+pub unsafe fn copy_async4<T>(to: SharedAddress, i: usize, _len: usize, from: *const u8, valid: bool) {
+    let bytes: u32 = if valid { 4 } else { 0 };
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("cp.async.ca.shared.global [{}], [{}], 4, {};", in(reg32) at::<T>(to, i), in(reg64) from, in(reg32) bytes);
     }
 }
 

@@ -176,7 +176,9 @@ impl<T: Store> Shared<T> {
         // SAFETY: the caller's promise.
         unsafe { machine::shared_write(self.address, i, self.len, value) }
     }
+}
 
+impl<T: Element> Shared<T> {
     /// Writes 4 bytes from element `i` on.
     ///
     /// # Safety
@@ -200,9 +202,7 @@ impl<T: Store> Shared<T> {
         // SAFETY: the caller's promise.
         unsafe { machine::shared_store16::<T>(self.address, i, self.len, value) }
     }
-}
 
-impl<T: Element> Shared<T> {
     /// `cp.async.cg.shared.global 16`: copies 16 bytes from `source[j..]` to `self[i..]`, beside what follows; if not
     /// `valid`, writes zeros and reads nothing. See [`cp_async`](crate::cp_async) for when they arrive.
     ///
@@ -219,5 +219,21 @@ impl<T: Element> Shared<T> {
         }
         // SAFETY: the caller's promise.
         unsafe { machine::copy_async::<T>(self.address, i, self.len, source.address(j), valid) }
+    }
+
+    /// `cp.async.ca.shared.global 4`: as [`copy_async`](Self::copy_async) for 4 bytes of any type, from and to multiples of 4.
+    ///
+    /// # Safety
+    ///
+    /// As [`copy_async`](Self::copy_async).
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn copy_async4<U: Element>(&self, i: usize, source: Global<U>, j: usize, valid: bool) {
+        #[cfg(not(target_arch = "nvptx64"))]
+        if valid {
+            machine::on_read(source.shadow(), source.address(0) as usize, j, size_of::<U>(), 4, source.len());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { machine::copy_async4::<T>(self.address, i, self.len, source.address(j), valid) }
     }
 }

@@ -17,8 +17,8 @@ use cuda_loader::cust::module::Module;
 use cuda_loader::cust::stream::{Stream, StreamFlags};
 use cuda_loader::graph::{CaptureMode, GraphExec, capture};
 use cuda_loader::{
-    LaunchAttributes, PinnedBuffer, copy_to_device_async, copy_to_host_async, fill_async, launch_ex, prefer_shared,
-    set_max_dynamic_shared,
+    LaunchAttributes, PinnedBuffer, copy_to_device_async, copy_to_host_async, fill_async, function_attributes,
+    launch_ex, prefer_shared, set_max_dynamic_shared,
 };
 use cuda_std::{Arg, Entry, Launch, LaunchError, Launcher};
 use flate2::read::GzDecoder;
@@ -149,6 +149,8 @@ impl Inner {
 /// The kernels of a build, each a module of its own that is compiled when it is first needed: the driver takes up to a fifth of a
 /// second for one and 25 s for all, and a model needs about two dozen.
 struct Kernels {
+    /// A multiprocessor's shared memory in bytes, if grids overlap.
+    shared_where_grids_overlap: Option<u32>,
     /// What all modules begin with: version, target, shared arrays.
     preamble: &'static str,
     entries: HashMap<&'static str, Kernel>,
@@ -157,11 +159,18 @@ struct Kernels {
 struct Kernel {
     text: &'static str,
     /// Locked while it is compiled, so that other kernels can be at the same time.
-    module: Mutex<Option<Arc<Module>>>,
+    module: Mutex<Option<Loaded>>,
+}
+
+#[derive(Clone)]
+struct Loaded {
+    module: Arc<Module>,
+    /// Dynamic shared memory that launches ask for, in bytes.
+    dynamic_shared: u32,
 }
 
 impl Kernels {
-    fn of(ptx: &'static str) -> Self {
+    fn of(ptx: &'static str, shared_where_grids_overlap: Option<u32>) -> Self {
         const ENTRY: &str = "\n.visible .entry ";
         let mut parts = ptx.match_indices(ENTRY).map(|(at, _)| at + 1).peekable();
         let preamble = &ptx[..parts.peek().copied().unwrap_or(ptx.len())];
@@ -171,26 +180,34 @@ impl Kernels {
             let name = text[ENTRY.len() - 1..].split('(').next().unwrap_or_default();
             entries.insert(name, Kernel { text, module: Mutex::new(None) });
         }
-        Self { preamble, entries }
+        Self { shared_where_grids_overlap, preamble, entries }
     }
 
     /// The module of an entry; the context is current.
-    fn module(&self, entry: &'static Entry) -> Result<Arc<Module>, cuda_loader::Error> {
+    fn module(&self, entry: &'static Entry) -> Result<Loaded, cuda_loader::Error> {
         let kernel = self.entries.get(entry.name).expect("the PTX and the host are built from the same kernels");
         let mut loaded = kernel.module.lock().expect("no panic under this lock");
-        if let Some(module) = &*loaded {
-            return Ok(Arc::clone(module));
+        if let Some(loaded) = &*loaded {
+            return Ok(loaded.clone());
         }
         let module = Arc::new(compile(&format!("{}{}\0", self.preamble, kernel.text))?);
         // Those that start early share multiprocessors with their neighbours: all ask for one split of the cache.
         if entry.waits {
             prefer_shared(&module.get_function(entry.name)?)?;
         }
-        if entry.dynamic_shared > 0 {
-            set_max_dynamic_shared(&module.get_function(entry.name)?, entry.dynamic_shared)?;
+        let mut dynamic_shared = entry.dynamic_shared;
+        // A grid that starts early finds some multiprocessors less busy than others, and would put two blocks there: they take
+        // twice as long, and with them the grid. Two that ask for half, and the driver's share, do not fit.
+        if let Some(of_multiprocessor) = self.shared_where_grids_overlap.filter(|_| entry.alone) {
+            let own = function_attributes(&module.get_function(entry.name)?)?.static_shared_bytes;
+            dynamic_shared = dynamic_shared.max((of_multiprocessor / 2).saturating_sub(own));
         }
-        *loaded = Some(Arc::clone(&module));
-        Ok(module)
+        if dynamic_shared > 0 {
+            set_max_dynamic_shared(&module.get_function(entry.name)?, dynamic_shared)?;
+        }
+        let now = Loaded { module, dynamic_shared };
+        *loaded = Some(now.clone());
+        Ok(now)
     }
 }
 
@@ -275,10 +292,11 @@ impl Cuda {
         let load = || -> Result<_, cuda_loader::Error> {
             let context = Context::new(device)?;
             CurrentContext::set_current(&context)?;
-            let kernels = Kernels::of(ptx.text());
             let stream = Stream::new(StreamFlags::NON_BLOCKING, None)?;
             let allowed = options.programmatic && env::var_os(NO_PDL).is_none_or(|value| value == "0");
             let programmatic = allowed && ptx == PtxBuild::Sm90a;
+            let shared = device.get_attribute(DeviceAttribute::MaxSharedMemoryPerMultiprocessor)?;
+            let kernels = Kernels::of(ptx.text(), programmatic.then_some(shared as u32));
             let (free, total) = cuda_loader::memory_info()?;
             let last_kernel = Mutex::new("none");
             Ok((Inner { programmatic, kernels, stream, context, last_kernel }, (total - free) as u64))
@@ -359,7 +377,7 @@ impl Launcher for Cuda {
         let pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (value as *mut u64).cast()).collect();
         let start = || {
             self.inner.enter()?;
-            let module = self.inner.kernels.module(entry)?;
+            let Loaded { module, dynamic_shared } = self.inner.kernels.module(entry)?;
             let function = module.get_function(entry.name)?;
             let stream = &self.inner.stream;
             let attributes = LaunchAttributes {
@@ -367,9 +385,7 @@ impl Launcher for Cuda {
                 ..LaunchAttributes::default()
             };
             // SAFETY: the values fit the entry's parameters, as the typed launcher made them; the rest is the caller's.
-            unsafe {
-                launch_ex(&function, launch.grid, launch.block, entry.dynamic_shared, stream, &pointers, attributes)
-            }
+            unsafe { launch_ex(&function, launch.grid, launch.block, dynamic_shared, stream, &pointers, attributes) }
         };
         start().map_err(|error: cuda_loader::Error| launch_error(entry, &error))?;
         *self.inner.last_kernel.lock().expect("no panic under this lock") = entry.name;

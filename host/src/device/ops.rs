@@ -201,6 +201,13 @@ pub struct LinearMatrix<'a> {
     pub n_out: usize,
 }
 
+impl LinearMatrix<'_> {
+    /// `stream` if this matrix can be streamed through tensor cores.
+    fn streams(&self, stream: Option<u32>) -> Option<u32> {
+        stream.filter(|_| self.format == WeightFormat::Q8_0 && matvec::stream::fits(self.n_in as u32))
+    }
+}
+
 /// What is done to a vector before a matrix.
 #[derive(Clone, Copy)]
 #[expect(missing_docs, reason = "the names of the kernels' parameters")]
@@ -229,16 +236,27 @@ pub fn norm_fits(n_in: usize, has_beta: bool) -> bool {
 }
 
 /// Whether [`linear_fused`] can serve a router of `n_expert` experts beside a matrix of this shape.
-pub fn router_fits(n_in: usize, n_out: usize, n_expert: usize) -> bool {
-    matvec::router_fits(n_in as u32, n_out as u32, n_expert as u32)
+pub fn router_fits(matrix: LinearMatrix, n_expert: usize, stream: Option<u32>) -> bool {
+    let (n_in, n_out, n_expert) = (matrix.n_in as u32, matrix.n_out as u32, n_expert as u32);
+    match matrix.streams(stream) {
+        Some(_) => n_expert > 0 && n_expert <= matvec::stream::MAX_EXPERTS,
+        None => matvec::router_fits(n_in, n_out, n_expert),
+    }
 }
 
-/// Rows of [`RouterParts::parts`] for a matrix of this shape.
-pub fn router_parts(n_in: usize, n_out: usize) -> usize {
-    matvec::n_parts(n_in as u32, n_out as u32) as usize
+/// Rows of [`RouterParts::parts`] for a matrix and so many experts: at most as many as the matrix has.
+pub fn router_parts(matrix: LinearMatrix, n_expert: usize, stream: Option<u32>) -> usize {
+    let (n_in, n_out) = (matrix.n_in as u32, matrix.n_out as u32);
+    match matrix.streams(stream) {
+        Some(n_multiprocessors) => matvec::stream::n_parts(n_multiprocessors, n_in, n_out, n_expert as u32) as usize,
+        None => matvec::n_parts(n_in, n_out) as usize,
+    }
 }
 
 /// `out = epilogue(weight · norm(x) + bias)` for one token, in one launch, and with a router what its logits are made of.
+///
+/// `stream`: the multiprocessors of a device whose tensor cores are to take what they can, matrices of Q8_0 under an RMS norm
+/// or none; `None` for one that [prefers scalars](super::Device::prefers_scalars).
 ///
 /// The weights, γ, β, biases and the router must have been written before the launch before this one: they are read while
 /// that one may still run.
@@ -260,8 +278,10 @@ pub fn linear_fused(
     bias: Option<View<f32>>,
     epilogue: Epilogue,
     router: Option<RouterParts>,
+    stream: Option<u32>,
 ) -> Result<(), LaunchError> {
     let LinearMatrix { format, packed, n_in, n_out } = matrix;
+    let streams = matrix.streams(stream);
     assert_eq!((out.len(), x.len()), (n_out, n_in), "lengths");
     assert_eq!(packed.len(), format.layout().planes(n_in, n_out).end, "weight length");
     assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
@@ -272,11 +292,16 @@ pub fn linear_fused(
         assert_eq!(gamma.len(), n_out, "router norm length");
         let n_expert = router.len() / n_out;
         assert_eq!(router.len(), n_expert * n_out, "router length");
-        assert_eq!(parts.len(), router_parts(n_in, n_out) * (n_expert + 1), "parts length");
-        assert!(router_fits(n_in, n_out, n_expert), "{n_expert} experts do not fit");
+        assert_eq!(parts.len(), router_parts(matrix, n_expert, stream) * (n_expert + 1), "parts length");
+        assert!(router_fits(matrix, n_expert, stream), "{n_expert} experts do not fit");
         let (router, gamma, parts, e) = (router.slice(), gamma.slice(), parts.slice(), n_expert as u32);
         // SAFETY: as in `embed`.
-        return unsafe { matvec::run_router(format, launcher, out, parts, weight, x, bias, router, gamma, i, o, e) };
+        return unsafe {
+            match streams {
+                Some(n) => matvec::stream::run_router(launcher, n, out, parts, weight, x, bias, router, gamma, i, o, e),
+                None => matvec::run_router(format, launcher, out, parts, weight, x, bias, router, gamma, i, o, e),
+            }
+        };
     }
     let (gamma, beta, epsilon) = match norm {
         None => (None, None, 0.0),
@@ -286,9 +311,15 @@ pub fn linear_fused(
     assert!(gamma.is_none_or(|gamma| gamma.len() == n_in), "norm length");
     assert!(beta.is_none_or(|beta| beta.len() == n_in), "norm shift length");
     assert!(norm.is_none() || norm_fits(n_in, beta.is_some()), "a norm of {n_in} elements does not fit");
+    let streams = streams.filter(|_| beta.is_none());
     let (gamma, beta, code) = (optional(gamma), optional(beta), epilogue.code());
     // SAFETY: as in `embed`.
-    unsafe { matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code) }
+    unsafe {
+        match streams {
+            Some(n) => matvec::stream::run(launcher, n, out, weight, x, gamma, bias, epsilon, i, o, code),
+            None => matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code),
+        }
+    }
 }
 
 /// Rows of f16 under a power of two each: what [`linear_rows`] multiplies.

@@ -76,7 +76,8 @@ impl WorkspaceSizes {
             rows: rows * spec.d_model.max(q_width),
             rows_partial,
             rows_counters,
-            parts: if n_expert == 0 { 0 } else { ops::router_parts(q_width, spec.d_model) * (n_expert + 1) },
+            // A part has a row at least; how many it has is the device's affair.
+            parts: if n_expert == 0 { 0 } else { spec.d_model * (n_expert + 1) },
             token_h: n_used * spec.d_ff / 2,
             likeliest: ops::n_likeliest(spec.n_vocab),
             router_logits: rows * n_expert,

@@ -4,7 +4,9 @@
 //! they lie in device memory, a thread exactly the bytes that it reads. Tiles are small enough to be dealt out evenly.
 
 use crate::format::{Format, GROUP, MXFP4_ROWS, MXFP4_RUN, Mxfp4, mxfp4_pairs};
-use crate::router::{MAX_EXPERTS, MAX_USED, order};
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::router::MAX_USED;
+use crate::router::{MAX_EXPERTS, order};
 use crate::swiglu;
 use cuda_std::warp::WARP_SIZE;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -26,30 +28,36 @@ const DEPTH: u32 = 4;
 const STAGE_BYTES: u32 = 2 * RUN_BYTES;
 const RING_BYTES: u32 = DEPTH * STAGE_BYTES;
 
-/// Warps of a block of `experts_token_gate_up_mxfp4`: so many tiles for each of 132 multiprocessors are what 2880 features
-/// of four experts make.
-const GATE_UP_WARPS: u32 = 11;
+/// Warps of a block of `experts_token_gate_up_mxfp4`: four for each scheduler, whose registers leave no room for a second
+/// block.
+const GATE_UP_WARPS: u32 = 16;
 const GATE_UP_THREADS: u32 = GATE_UP_WARPS * WARP_SIZE;
 /// The widest rows of `gate` and `up`.
 pub const MAX_D_MODEL: u32 = 4096;
-/// Scales of eight rows, from a multiple of 16 bytes on.
-const TILE_SCALES: u32 = ROWS * (MAX_D_MODEL / GROUP) + 16;
-/// Times 16 bytes of each lane.
-const TILE_PIECES: u32 = TILE_SCALES.div_ceil(16 * WARP_SIZE);
-const GATE_UP_BYTES: u32 = RING_BYTES + 2 * TILE_SCALES;
-const GATE_UP_SHARED: u32 = GATE_UP_WARPS * GATE_UP_BYTES;
+/// A run of two tiles, and the scales of both.
+const GATE_UP_STAGE: u32 = STAGE_BYTES + 2 * RUN_SCALES;
+const GATE_UP_RING: u32 = DEPTH * GATE_UP_STAGE;
+/// The most tiles of a block; more blocks than multiprocessors have the rest.
+const MAX_TILES: u32 = 48;
+/// What a warp has of a tile's rows, of `gate` and of `up`: warp w's of tile i at place `i + w`, since warps share tiles in
+/// order.
+const GATE_UP_SUMS: u32 = (MAX_TILES + GATE_UP_WARPS) * 2 * ROWS;
+const GATE_UP_SHARED: u32 = GATE_UP_WARPS * GATE_UP_RING + 4 * GATE_UP_SUMS;
+const _: () = assert!(MAX_TILES * ROWS <= GATE_UP_THREADS, "a thread for each feature");
 /// Quads of `x` that a thread brings.
 const X_QUADS: usize = MAX_D_MODEL.div_ceil(4 * GATE_UP_THREADS) as usize;
 const X_WORDS: usize = X_QUADS * 2 * GATE_UP_THREADS as usize;
+/// Zeros behind `x`, for the columns of others.
+const ZERO_WORDS: u32 = 32;
 /// Parts of the router's sums that a thread loads together.
-const PARTS_AHEAD: usize = 18;
+const PARTS_AHEAD: usize = 9;
 const EXPERT_SUMS: usize = (GATE_UP_WARPS * MAX_EXPERTS) as usize;
 
 /// Warps of a block of `experts_token_down_mxfp4`: they share the pairs of slots evenly.
-const DOWN_WARPS: u32 = 8;
+const DOWN_WARPS: u32 = 12;
 const DOWN_THREADS: u32 = DOWN_WARPS * WARP_SIZE;
 /// The most steps of a warp in a row.
-const MAX_STEPS: u32 = 8;
+const MAX_STEPS: u32 = 4;
 /// Scales of a warp's part of eight rows, from a multiple of 16 bytes on.
 const PART_SCALES: u32 = MAX_STEPS * RUN_SCALES + 16;
 const _: () = assert!(PART_SCALES <= 16 * WARP_SIZE);
@@ -58,6 +66,7 @@ const SCALE_TILES: u32 = 8;
 const _: () = assert!(SCALE_TILES > DEPTH);
 /// Activations of a warp: 16 bytes of each lane for each step.
 const PART_BYTES: u32 = MAX_STEPS * 16 * WARP_SIZE;
+const ACTIVATION_WORDS: u32 = DOWN_WARPS * PART_BYTES / 4;
 const DOWN_BYTES: u32 = RING_BYTES + SCALE_TILES * 2 * PART_SCALES;
 const DOWN_SHARED: u32 = DOWN_WARPS * DOWN_BYTES;
 /// Tiles whose sums are added up together: a lane of four keeps one each.
@@ -81,16 +90,24 @@ pub const fn fits(n_expert: u32, n_used: u32, d_model: u32, d_ff: u32) -> bool {
     d_ff.div_ceil(GROUP * RUN).div_ceil(splits) <= MAX_STEPS
 }
 
-/// The geometry [`experts_token_gate_up_mxfp4`](fn@experts_token_gate_up_mxfp4) is written for: a block for each multiprocessor, or for each tile if those
-/// are fewer. Any number of blocks gives the same bits.
+/// Tiles of a block of `experts_token_gate_up_mxfp4`: an equal share of one, two, … blocks for each multiprocessor.
+#[cfg(not(target_arch = "nvptx64"))]
+const fn tiles_per_block(n_multiprocessors: u32, n_used: u32, d_ff: u32) -> u32 {
+    let n_tiles = n_used * (d_ff / ROWS);
+    let waves = n_tiles.div_ceil(n_multiprocessors).div_ceil(MAX_TILES);
+    n_tiles.div_ceil(n_multiprocessors * waves)
+}
+
+/// The geometry [`experts_token_gate_up_mxfp4`](fn@experts_token_gate_up_mxfp4) is written for: blocks of an equal share of
+/// tiles, one for each multiprocessor. Where a tile lies in its block decides the order in which it is summed.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_gate_up(n_multiprocessors: u32, n_used: u32, d_ff: u32) -> Launch {
-    let n_tiles = n_used * (d_ff / ROWS);
-    let blocks = if n_tiles < n_multiprocessors { n_tiles } else { n_multiprocessors };
+    let blocks = (n_used * (d_ff / ROWS)).div_ceil(tiles_per_block(n_multiprocessors, n_used, d_ff));
     Launch { grid: [blocks, 1, 1], block: [WARP_SIZE, GATE_UP_WARPS, 1] }
 }
 
-/// The geometry [`experts_token_down_mxfp4`](fn@experts_token_down_mxfp4) is written for: as [`launch_gate_up`].
+/// The geometry [`experts_token_down_mxfp4`](fn@experts_token_down_mxfp4) is written for: a block for each multiprocessor, or
+/// for each tile if those are fewer. Any number of blocks gives the same bits.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
     let n_tiles = d_model / ROWS;
@@ -109,10 +126,11 @@ pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
 ///   `gate_bias`, `up_bias`: `[n_expert, d_ff]`, or empty; `x`, `gamma`: `[d_model]`, from multiples of 16 bytes on; `parts`:
 ///   `[n_parts, n_expert + 1]`, of part p of x the sums `Σᵢ router[e, i] · γ[i] · x[i]` and `Σᵢ x[i]²`; `router_bias`:
 ///   `[n_expert]`, or empty. As [`fits`] says; n_used at most n_expert, n_parts at least 1.
-/// - Launch: [`launch_gate_up`]. Every block finishes the router for itself; then a warp owns eight features of a slot, an
-///   mma's rows 0 to 7 being of `gate` and 8 to 15 of `up`, its columns 0, 2, 4, 6 one group of 32 elements each.
-/// - Shared memory: 67 KiB dynamic, a ring of weights and the scales for each warp; 20 KiB static, n and the router's sums;
-///   four barriers.
+/// - Launch: [`launch_gate_up`], `n_block_tiles` tiles of eight features a block. Every block finishes the router for itself;
+///   then its warps share the runs of all its tiles in order, an mma's rows 0 to 7 being of `gate` and 8 to 15 of `up`, its
+///   columns 0, 2, 4, 6 one group of 32 elements each.
+/// - Shared memory: 84 KiB dynamic, a ring of weights for each warp and the warps' sums; 27 KiB static, n and the router's
+///   sums; five barriers.
 /// - Cost: memory bound, the bytes of `n_used` experts' `gate` and `up`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
 /// - Source: [`Mxfp4`]; gpt-oss's reference implementation, `MLPBlock` in `gpt_oss/torch/model.py`.
@@ -120,7 +138,7 @@ pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
 /// # Safety
 ///
 /// Launched as above; the slices have the shapes written above; no launch writes `gamma` and `router_bias`.
-#[kernel(threads = GATE_UP_THREADS, blocks_per_sm = 2, dynamic_shared = GATE_UP_SHARED, waits)]
+#[kernel(threads = GATE_UP_THREADS, registers = 80, dynamic_shared = GATE_UP_SHARED, waits, launches)]
 #[allow(clippy::too_many_arguments, reason = "a kernel's interface is flat")]
 pub unsafe fn experts_token_gate_up_mxfp4(
     h: Disjoint<u32>,
@@ -138,6 +156,7 @@ pub unsafe fn experts_token_gate_up_mxfp4(
     d_model: u32,
     d_ff: u32,
     n_parts: u32,
+    n_block_tiles: u32,
 ) {
     let (lane, warp_idx) = (thread::thread_idx_x(), thread::thread_idx_y());
     // SAFETY: the launch contract; the whole block is here.
@@ -145,111 +164,198 @@ pub unsafe fn experts_token_gate_up_mxfp4(
     let n_used = chosen.len() as u32;
 
     let dynamic = dynamic_shared_array!(experts_token_gate_up_ring: [u8; GATE_UP_SHARED as usize]);
-    let stages = Stages { shared: dynamic, at: warp_idx * GATE_UP_BYTES };
-    let scales_at = stages.at + RING_BYTES;
     let n_groups = d_model / GROUP;
     let planes = Mxfp4::LAYOUT.planes(d_model as usize, d_ff as usize);
-    let tiles_per_slot = d_ff / ROWS;
-    let n_tiles = n_used * tiles_per_slot;
+    let tiles_per_slot = (d_ff / ROWS).max(1);
+    let first_tile = thread::block_idx_x() * n_block_tiles;
+    let n_tiles = n_block_tiles.min(n_used * tiles_per_slot - first_tile);
     let (g, t) = (lane / 4, lane % 4);
-    let weights_of = |tile: u32| {
-        let slot = tile / tiles_per_slot.max(1);
+    let (whole, left) = (n_groups / RUN, n_groups % RUN);
+    let n_runs = n_groups.div_ceil(RUN).max(1); // Never 0, which LLVM does not know.
+    // A warp's share of the runs of all tiles.
+    let n_units = n_tiles * n_runs;
+    let per_warp = n_units.div_ceil(GATE_UP_WARPS).max(1);
+    let (first, end) = (n_units.min(warp_idx * per_warp), n_units.min((warp_idx + 1) * per_warp));
+    let (ring, sums_at) = (warp_idx * GATE_UP_RING, GATE_UP_WARPS * GATE_UP_RING);
+    // Of a tile its expert's matrix, and in it the groups before the tile's.
+    let place_of = |tile: u32| {
+        let slot = (first_tile + tile) / tiles_per_slot;
         // SAFETY: there are as many ids as slots.
         let expert = unsafe { routed.sorted.read(slot as usize) };
-        let first = (tile - slot * tiles_per_slot) * ROWS;
-        // Groups of the matrix before the tile's.
-        let before = first as usize * n_groups as usize;
-        (slot, expert, first, expert as usize * planes.end, before)
+        let first = (first_tile + tile - slot * tiles_per_slot) * ROWS;
+        (slot, expert, first)
     };
-    let (whole, left) = (n_groups / RUN, n_groups % RUN);
-    let n_runs = n_groups.div_ceil(RUN);
-    let issue = |step: u32, from: usize| {
-        // Of a last run that is not whole, eight lanes copy for each of its groups.
-        if step < whole || (step < n_runs && lane < ROWS * left) {
-            let at = from + (step * RUN_BYTES + 16 * lane) as usize;
+    // The next run to be asked for, and where this lane's share of its quants and scales is.
+    let mut ahead = Ahead { unit: first, tile: first / n_runs, run: first % n_runs, quants: 0, scales: 0 };
+    // Eight lanes copy scales of `gate`, a word each, and eight of `up`.
+    let (scales_of, scale_word) = (if lane < ROWS { gate } else { up }, lane % ROWS);
+    let place = |ahead: &mut Ahead| {
+        let (_, expert, first) = place_of(ahead.tile);
+        let (base, before) = (expert as usize * planes.end, first as usize * n_groups as usize);
+        ahead.quants = base + 16 * before + (ahead.run * RUN_BYTES + 16 * lane) as usize;
+        ahead.scales = base + planes.scales + before + (ahead.run * RUN_SCALES + 4 * scale_word) as usize;
+    };
+    let issue = |ahead: &mut Ahead| {
+        if ahead.unit < end {
+            let to = (ring + ahead.unit % DEPTH * GATE_UP_STAGE) as usize;
+            // Of a last run that is not whole, eight lanes copy for each of its groups, and two words of scales.
+            let width = if ahead.run < whole { RUN } else { left };
             // SAFETY: the bytes exist, and the stage has been read.
             unsafe {
-                dynamic.copy_async(stages.place(step, 0) as usize, gate, at, true);
-                dynamic.copy_async(stages.place(step, 1) as usize, up, at, true);
+                if lane < ROWS * width {
+                    let to = to + 16 * lane as usize;
+                    dynamic.copy_async(to, gate, ahead.quants, true);
+                    dynamic.copy_async(to + RUN_BYTES as usize, up, ahead.quants, true);
+                }
+                if lane < 2 * ROWS && scale_word < ROWS / 4 * width {
+                    dynamic.copy_async4(to + (STAGE_BYTES + 4 * lane) as usize, scales_of, ahead.scales, true);
+                }
+            }
+            (ahead.unit, ahead.run) = (ahead.unit + 1, ahead.run + 1);
+            (ahead.quants, ahead.scales) = (ahead.quants + RUN_BYTES as usize, ahead.scales + RUN_SCALES as usize);
+            if ahead.run == n_runs && ahead.unit < end {
+                (ahead.tile, ahead.run) = (ahead.tile + 1, 0);
+                place(ahead);
             }
         }
         cp_async::commit();
     };
-    let start = |tile: u32| {
-        if tile < n_tiles {
-            let (_, _, _, base, before) = weights_of(tile);
-            let scales = base + planes.scales + before;
-            // SAFETY: the rows exist, and nobody uses this warp's shared memory.
-            unsafe {
-                copy_scales::<TILE_PIECES>(dynamic, scales_at, gate, scales, ROWS * n_groups);
-                copy_scales::<TILE_PIECES>(dynamic, scales_at + TILE_SCALES, up, scales, ROWS * n_groups);
-            }
-            let mut step = 0;
-            while step < DEPTH {
-                issue(step, base + 16 * before);
-                step += 1;
-            }
-        }
-    };
-    let mut tile = warp_idx * thread::grid_dim_x() + thread::block_idx_x();
-    start(tile);
+    if first < end {
+        place(&mut ahead);
+    }
+    let mut i = 0;
+    while i < DEPTH {
+        issue(&mut ahead);
+        i += 1;
+    }
 
-    let normal = shared_array!(experts_token_x: [u32; X_WORDS]);
+    // A feature is a thread's at the end; its biases are there by then.
+    let thread = warp_idx * WARP_SIZE + lane;
+    let (slot, expert, first_feature) = place_of((thread / ROWS).min(n_tiles - 1));
+    let feature = first_feature + thread % ROWS;
+    let bias_of = |bias: Global<f32>| {
+        let at = expert as usize * d_ff as usize + feature as usize;
+        // SAFETY: the feature exists.
+        if bias.len() > 0 { unsafe { bias.read_unchecked(at) } } else { 0.0 }
+    };
+    let biases = [bias_of(gate_bias), bias_of(up_bias)];
+
+    let normal = shared_array!(experts_token_x: [u32; X_WORDS + ZERO_WORDS as usize]);
+    // Column 2 j is group j's of a run: others read zeros.
+    let x_of = |at: u32| {
+        // SAFETY: as below.
+        [0, 1, 2, 3].map(|j| unsafe { normal.load16(if g == 2 * j { at as usize } else { X_WORDS }) })
+    };
     // SAFETY: the whole block is here.
     unsafe {
         routed.store_normal(normal);
         thread::sync_threads();
     }
-    // Few blocks have work for all warps; this one writes what the next kernel needs.
+    // Its share is the smallest; it writes what the next kernel needs.
     if thread::block_idx_x() == 0 && warp_idx == GATE_UP_WARPS - 1 {
         // SAFETY: a whole warp is here; its elements are a lane's own.
         unsafe { routed.write(chosen, weights) };
     }
 
-    while tile < n_tiles {
-        let (slot, expert, first, base, before) = weights_of(tile);
-        let at = expert as usize * d_ff as usize + (first + g) as usize;
-        let gate_bias = if gate_bias.len() > 0 { gate_bias[at] } else { 0.0 };
-        let up_bias = if up_bias.len() > 0 { up_bias[at] } else { 0.0 };
-        let scales_at = scales_at + (planes.scales + before) as u32 % 16;
-
-        let mut sums = [0.0; 2];
-        let mut step = 0;
-        while step < n_runs {
+    let (mut unit, mut tile, mut run) = (first, first / n_runs, first % n_runs);
+    let x_start = 16 * (g / 2) + 4 * t;
+    let mut x_at = x_start + run * (16 * RUN);
+    let mut sums = [0.0; 2];
+    while unit < end {
+        // The tile's whole runs, then what is left, if they are this warp's.
+        let n_now = whole.saturating_sub(run).min(end - unit);
+        let (stop, stop_short) = (unit + n_now, unit + (n_runs - run).min(end - unit));
+        let mut add = |words: [[u32; 4]; 2], scales: [u8; 2], x: [[u32; 4]; 4]| {
+            // SAFETY: whole warps are here.
+            let products = unsafe { multiply_run::<false>(&words, x) };
+            // Codes count 2⁻¹⁴ times their values.
+            sums[0] += scale_of(scales[0]) * (products[0] * CODE_UNIT);
+            sums[1] += scale_of(scales[1]) * (products[1] * CODE_UNIT);
+        };
+        while unit < stop {
             cp_async::wait::<{ DEPTH - 1 }>();
-            // SAFETY: the copies have landed, x is there, and whole warps are here.
+            let at = ring + unit % DEPTH * GATE_UP_STAGE;
+            // SAFETY: the warp's copies have landed, and x is there.
             unsafe {
-                warp::sync(); // For scales and short runs lanes read what others copied.
-                let words = stages.words(step, if step < whole { RUN } else { left });
-                issue(step + DEPTH, base + 16 * before);
+                warp::sync(); // Scales are read that other lanes have copied.
+                let words = own_words(dynamic, at + 16 * lane);
+                let scale = (at + STAGE_BYTES + lane) as usize;
+                let scales = [dynamic.read(scale), dynamic.read(scale + RUN_SCALES as usize)];
+                warp::sync(); // Nor are they overwritten before all have read them.
+                issue(&mut ahead);
+                add(words, scales, x_of(x_at));
+            }
+            (unit, x_at) = (unit + 1, x_at + 16 * RUN);
+        }
+        if unit < stop_short {
+            cp_async::wait::<{ DEPTH - 1 }>();
+            let at = ring + unit % DEPTH * GATE_UP_STAGE;
+            // SAFETY: as above.
+            unsafe {
+                warp::sync();
+                let words = short_words(dynamic, at, left);
+                let scale = (at + STAGE_BYTES + g * left + t.min(left - 1)) as usize;
+                let scales = [dynamic.read(scale), dynamic.read(scale + RUN_SCALES as usize)];
+                warp::sync();
+                issue(&mut ahead);
                 // Past the last group weights are 0, and so is x.
-                let scale = scales_at + scale_place(step, if step < whole { RUN } else { left });
-                let scales = [dynamic.read(scale as usize), dynamic.read((scale + TILE_SCALES) as usize)];
-                let x = normal.load16(((step * RUN + g / 2) * 16 + 4 * t) as usize);
-                let sum = multiply_run::<false>(&words, x);
-                // Codes count 2⁻¹⁴ times their values.
-                sums[0] += scale_of(scales[0]) * (sum[0] * CODE_UNIT);
-                sums[1] += scale_of(scales[1]) * (sum[1] * CODE_UNIT);
+                add(words, scales, x_of(x_at));
             }
-            step += 1;
+            unit += 1;
         }
-        // SAFETY: the whole warp is here.
+        if unit + DEPTH >= end {
+            grid::launch_dependents();
+        }
+        // SAFETY: the whole warp is here; a lane of two writes its own element.
         unsafe {
-            let (gate, up) = (warp::sum_of::<4>(sums[0]), warp::sum_of::<4>(sums[1]));
-            let value = swiglu::activation(gate + gate_bias, up + up_bias) * H_UNIT;
-            // Features f and f + 1 in a word, as B fragments have them.
-            let next = warp::shuffle_xor(value, 4);
-            if lane % 8 == 0 {
-                let f = first + g;
-                let word = slot * d_ff / 2 + f / GROUP * 16 + 4 * (g / 2) + f % GROUP / 8;
-                // This lane's alone.
-                h.write(word as usize, pack_f16x2(value, next));
+            let [gate, up] = sums.map(|sum| warp::sum_of::<4>(sum));
+            let to = sums_at + 4 * ((tile + warp_idx) * 2 * ROWS + t * ROWS + g);
+            if t < 2 {
+                dynamic.store4(to as usize, (if t == 0 { gate } else { up }).to_bits());
             }
-            warp::sync(); // Nobody reads this warp's shared memory any more.
         }
-        tile += GATE_UP_WARPS * thread::grid_dim_x();
-        start(tile);
+        sums = [0.0; 2];
+        (tile, run, x_at) = (tile + 1, 0, x_start);
     }
+    // SAFETY: the whole block is here.
+    unsafe { thread::sync_threads() };
+    // Whole warps have features, or none.
+    if warp_idx * WARP_SIZE < n_tiles * ROWS {
+        let tile = thread / ROWS;
+        let mut sums = biases;
+        if tile < n_tiles {
+            let (mut w, last) = (tile * n_runs / per_warp, ((tile + 1) * n_runs - 1) / per_warp);
+            while w <= last {
+                let at = sums_at + 4 * ((tile + w) * 2 * ROWS + thread % ROWS);
+                // SAFETY: written before the barrier.
+                unsafe {
+                    sums[0] += f32::from_bits(dynamic.load4(at as usize));
+                    sums[1] += f32::from_bits(dynamic.load4((at + 4 * ROWS) as usize));
+                }
+                w += 1;
+            }
+        }
+        let value = swiglu::activation(sums[0], sums[1]) * H_UNIT;
+        // SAFETY: whole warps are here; features f and f + 1 share a word, as B fragments have them, which is one lane's.
+        unsafe {
+            let next = warp::shuffle_xor(value, 1);
+            if tile < n_tiles && feature % 2 == 0 {
+                let place = feature / GROUP * 16 + 4 * (feature % ROWS / 2) + feature % GROUP / ROWS;
+                h.write((slot * d_ff / 2 + place) as usize, pack_f16x2(value, next));
+            }
+        }
+    }
+}
+
+/// The next run that a warp asks for.
+#[derive(Clone, Copy)]
+struct Ahead {
+    unit: u32,
+    tile: u32,
+    run: u32,
+    /// First byte of this lane's quants, and of the run's scales.
+    quants: usize,
+    scales: usize,
 }
 
 /// The second half of a token's experts, of type MXFP4, weighted and added up.
@@ -269,7 +375,7 @@ pub unsafe fn experts_token_gate_up_mxfp4(
 /// # Safety
 ///
 /// Launched as above; the slices have the shapes written above.
-#[kernel(threads = DOWN_THREADS, blocks_per_sm = 2, dynamic_shared = DOWN_SHARED, waits)]
+#[kernel(threads = DOWN_THREADS, registers = 112, dynamic_shared = DOWN_SHARED, waits, launches)]
 #[allow(clippy::too_many_arguments, reason = "a kernel's interface is flat")]
 pub unsafe fn experts_token_down_mxfp4(
     out: Disjoint<f32>,
@@ -298,9 +404,9 @@ pub unsafe fn experts_token_down_mxfp4(
     let n_tiles = d_model / ROWS;
 
     let dynamic = dynamic_shared_array!(experts_token_down_ring: [u8; DOWN_SHARED as usize]);
-    let stages = Stages { shared: dynamic, at: warp_idx * DOWN_BYTES };
-    let scales_at = stages.at + RING_BYTES;
-    let activations = shared_array!(experts_token_h: [u32; (DOWN_WARPS * PART_BYTES / 4) as usize]);
+    let ring = warp_idx * DOWN_BYTES;
+    let scales_at = ring + RING_BYTES;
+    let activations = shared_array!(experts_token_h: [u32; (ACTIVATION_WORDS + 4 * DOWN_WARPS) as usize]);
     let sums = shared_array!(experts_token_down_sums: [f32; DOWN_THREADS as usize]);
 
     // SAFETY: once, by all threads.
@@ -335,8 +441,9 @@ pub unsafe fn experts_token_down_mxfp4(
                 }
                 if run < whole || (run < n_runs && lane < ROWS * left) {
                     let from = (16 * ahead_groups + run_before + ahead_step * RUN_BYTES) as usize;
-                    dynamic.copy_async(stages.place(ahead, 0) as usize, weight, bases[0] + from, true);
-                    dynamic.copy_async(stages.place(ahead, 1) as usize, weight, bases[1] + from, true);
+                    let to = (ring + ahead % DEPTH * STAGE_BYTES + 16 * lane) as usize;
+                    dynamic.copy_async(to, weight, bases[0] + from, true);
+                    dynamic.copy_async(to + RUN_BYTES as usize, weight, bases[1] + from, true);
                 }
             }
             ahead_step += 1;
@@ -366,8 +473,16 @@ pub unsafe fn experts_token_down_mxfp4(
         issue();
         i += 1;
     }
+    // For the columns of others; the barriers of the loop order it.
+    let zeros_at = ACTIVATION_WORDS + 4 * warp_idx;
+    if lane < 4 {
+        // SAFETY: this lane's alone.
+        unsafe { activations.write((zeros_at + lane) as usize, 0) };
+    }
 
     let has_bias = bias.len() > 0 && t == 0 && first_run == 0;
+    // Of the last tile nearly all is under way.
+    let own_tile_is_last = |tile: u32| block + (tile + 1) * n_blocks >= n_tiles;
     let (mut tile, mut taken) = (0, 0);
     let (mut kept, mut total) = (0.0, 0.0);
     while block + tile * n_blocks < n_tiles {
@@ -377,6 +492,9 @@ pub unsafe fn experts_token_down_mxfp4(
         let o = own_tile * ROWS + lane % ROWS;
         if tile % SUM_TILES == 0 && adds {
             total = out.read(o as usize);
+        }
+        if own_tile_is_last(tile) {
+            grid::launch_dependents();
         }
         let at = scales_at + tile % SCALE_TILES * (2 * PART_SCALES);
         let at = at + (scales_before + groups + tile * tile_groups) % 16;
@@ -395,11 +513,16 @@ pub unsafe fn experts_token_down_mxfp4(
             unsafe {
                 warp::sync(); // For scales and short runs lanes read what others copied.
                 if run < n_runs {
-                    let width = if run < whole { RUN } else { left };
-                    let words = stages.words(taken, width);
-                    let scale = at + scale_place(step, width);
+                    let is_whole = run < whole;
+                    let stage = ring + taken % DEPTH * STAGE_BYTES;
+                    let own = stage + 16 * lane;
+                    let words = if is_whole { own_words(dynamic, own) } else { short_words(dynamic, stage, left) };
+                    let scale = at + scale_place(step, if is_whole { RUN } else { left });
                     let scales = [dynamic.read(scale as usize), dynamic.read((scale + PART_SCALES) as usize)];
-                    let x = activations.load16((x_at + step * (4 * WARP_SIZE)) as usize);
+                    let x = [0, 1, 2, 3].map(|j| {
+                        let own = x_at + step * (4 * WARP_SIZE);
+                        activations.load16((if g / 2 == j { own } else { zeros_at }) as usize)
+                    });
                     let products = multiply_run::<true>(&words, x);
                     sum[0] += scale_of(scales[0]) * products[0];
                     sum[1] += scale_of(scales[1]) * products[1];
@@ -628,53 +751,47 @@ impl Routed {
             }
             k += 1;
         }
+        if thread < ZERO_WORDS {
+            // SAFETY: as above.
+            unsafe { normal.write(X_WORDS + thread as usize, 0) };
+        }
     }
 }
 
-/// A warp's ring of weights, from byte `at` of the dynamic shared memory on: each stage a run of two tiles.
-#[derive(Clone, Copy)]
-struct Stages {
-    shared: Shared<u8>,
-    at: u32,
+/// This lane's words of both tiles of a whole run, its own 16 bytes being at `at`: what it has copied itself.
+///
+/// # Safety
+///
+/// This lane's copies have landed.
+#[inline(always)]
+unsafe fn own_words(shared: Shared<u8>, at: u32) -> [[u32; 4]; 2] {
+    // SAFETY: the caller's promise.
+    unsafe { [0, RUN_BYTES].map(|tile| shared.load16((at + tile) as usize)) }
 }
 
-impl Stages {
-    /// Where this lane's 16 bytes of one of a step's two tiles are.
-    #[inline(always)]
-    fn place(&self, step: u32, tile: u32) -> u32 {
-        self.at + step % DEPTH * STAGE_BYTES + tile * RUN_BYTES + 16 * warp::lane_id()
-    }
-
-    /// This lane's words of both tiles of a run of `width` groups; words of groups past the last are 0.
-    ///
-    /// # Safety
-    ///
-    /// The warp's copies have landed, and it is synchronized since.
-    #[inline(always)]
-    unsafe fn words(&self, step: u32, width: u32) -> [[u32; 4]; 2] {
-        let mut words = [[0; 4]; 2];
-        // SAFETY: the caller's promise.
-        unsafe {
-            if width == RUN {
-                return [
-                    self.shared.load16(self.place(step, 0) as usize),
-                    self.shared.load16(self.place(step, 1) as usize),
-                ];
-            }
-            // Row g's pieces of `4 · width` bytes.
-            let lane = warp::lane_id();
-            let at = self.place(step, 0) - 16 * lane + 4 * width * lane;
-            let mut j = 0;
-            while j < MXFP4_RUN {
-                if (j as u32) < width {
-                    words[0][j] = self.shared.load4(at as usize + 4 * j);
-                    words[1][j] = self.shared.load4((at + RUN_BYTES) as usize + 4 * j);
-                }
-                j += 1;
+/// This lane's words of both tiles of a run of `width` groups, fewer than a whole one's, in the stage at `stage`; words of
+/// groups past them are 0.
+///
+/// # Safety
+///
+/// The warp's copies have landed, and it is synchronized since.
+#[inline(always)]
+unsafe fn short_words(shared: Shared<u8>, stage: u32, width: u32) -> [[u32; 4]; 2] {
+    let mut words = [[0; 4]; 2];
+    // Row g's pieces of `4 · width` bytes.
+    let at = stage + 4 * width * warp::lane_id();
+    let mut j = 0;
+    while j < MXFP4_RUN {
+        if (j as u32) < width {
+            // SAFETY: the caller's promise.
+            unsafe {
+                words[0][j] = shared.load4(at as usize + 4 * j);
+                words[1][j] = shared.load4((at + RUN_BYTES) as usize + 4 * j);
             }
         }
-        words
+        j += 1;
     }
+    words
 }
 
 /// Where the scale is, from the first run's on, of row `lane / 4` and group `lane % 4` of a run of `width` groups; some other
@@ -711,21 +828,20 @@ fn scale_of(e: u8) -> f32 {
     f32::from_bits((u32::from(e) << 23).max(0x0040_0000))
 }
 
-/// The products of a run of two tiles' rows g with group t of the vectors: lanes `8 j + t` have group j's pairs for the
-/// first tile in `x`. The second tile's vector is the same, or if `TWO`, another, of lanes `8 j + 4 + t`.
+/// The products of a run of two tiles' rows g with group t of the vectors. `x[j]` is B for group j: its pairs of lane t
+/// in one column, or if `TWO` those of two vectors in columns `2 j` and `2 j + 1`, and zeros in all others. The second
+/// tile's products are of the second vector.
 ///
 /// # Safety
 ///
 /// The whole warp is here.
 #[inline(always)]
-unsafe fn multiply_run<const TWO: bool>([first, second]: &[[u32; 4]; 2], x: [u32; 4]) -> [f32; 2] {
-    let g = warp::lane_id() / 4;
-    // Column 2 j is group j's, as is 2 j + 1 for another vector, and all others are 0: a lane keeps one group of two rows.
+unsafe fn multiply_run<const TWO: bool>([first, second]: &[[u32; 4]; 2], x: [[u32; 4]; MXFP4_RUN]) -> [f32; 2] {
+    // Column 2 j is group j's, as is 2 j + 1 for another vector: a lane keeps one group of two rows.
     let (mut low, mut high) = ([0.0; 4], [0.0; 4]);
     let mut j = 0;
     while j < MXFP4_RUN {
-        let mine = if TWO { g / 2 == j as u32 } else { g == 2 * j as u32 };
-        let b = if mine { x } else { [0; 4] };
+        let b = x[j];
         let (a, c) = (mxfp4_pairs(first[j]), mxfp4_pairs(second[j]));
         let sum = if j < 2 { &mut low } else { &mut high };
         // SAFETY: the caller's promise.
@@ -769,7 +885,9 @@ pub unsafe fn run_gate_up(
     d_ff: u32,
     n_parts: u32,
 ) -> Result<(), LaunchError> {
-    let launch = launch_gate_up(n_multiprocessors, chosen.len() as u32, d_ff);
+    let n_used = chosen.len() as u32;
+    let (launch, n_block_tiles) =
+        (launch_gate_up(n_multiprocessors, n_used, d_ff), tiles_per_block(n_multiprocessors, n_used, d_ff));
     // SAFETY: the caller's promise.
     unsafe {
         experts_token_gate_up_mxfp4::run(
@@ -790,6 +908,7 @@ pub unsafe fn run_gate_up(
             d_model,
             d_ff,
             n_parts,
+            n_block_tiles,
         )
     }
 }

@@ -7,6 +7,7 @@
 //! Weights are loaded into registers one step ahead, and the first before the grid waits for the one that makes `x`.
 
 mod run;
+pub mod stream;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::format::WeightFormat;

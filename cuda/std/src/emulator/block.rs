@@ -53,6 +53,7 @@ pub(super) enum Operation {
     Ballot,
     Butterfly { width: u32, operation: u8 },
     MmaF16,
+    MmaS8,
     LoadMatrix { transposed: bool },
 }
 
@@ -83,6 +84,8 @@ pub(super) struct Copies {
 pub(super) struct PendingCopy {
     pub group: u32,
     pub to: usize,
+    /// 4 or 16.
+    pub bytes: usize,
     pub data: [u32; 4],
 }
 

@@ -354,6 +354,15 @@ pub unsafe fn mma_m16n8k16_f16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4
     [result[0], result[1], result[2], result[3]].map(f32::from_bits)
 }
 
+/// # Safety
+/// As [`sync_threads`].
+#[track_caller]
+pub unsafe fn mma_m16n8k32_s8(a: [u32; 4], b: [u32; 2], c: [i32; 4]) -> [i32; 4] {
+    let [c0, c1, c2, c3] = c.map(i32::cast_unsigned);
+    let result = together(Operation::MmaS8, [a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3]);
+    [result[0], result[1], result[2], result[3]].map(u32::cast_signed)
+}
+
 /// Does an operation of a whole warp: operands out of the payloads, results into them.
 pub(super) fn complete(operation: Operation, lanes: &[Lane]) {
     let operand: [[u32; 10]; 32] = core::array::from_fn(|l| lanes[l].payload.get());
@@ -390,6 +399,7 @@ pub(super) fn complete(operation: Operation, lanes: &[Lane]) {
             answer(&|l| values[l].to_bits());
         }
         Operation::MmaF16 => mma_f16(&operand, lanes),
+        Operation::MmaS8 => mma_s8(&operand, lanes),
         Operation::LoadMatrix { transposed } => load_matrices(&operand, lanes, transposed),
     }
 }
@@ -443,6 +453,43 @@ fn mma_f16(operand: &[[u32; 10]; 32], lanes: &[Lane]) {
         let mut payload = operand[l];
         for register in 0..4 {
             payload[register] = (d[g + 8 * (register >> 1)][2 * t + (register & 1)] as f32).to_bits();
+        }
+        lane.payload.set(payload);
+    }
+}
+
+/// D = A · B + C by the second fragment table of [`crate::mma`].
+fn mma_s8(operand: &[[u32; 10]; 32], lanes: &[Lane]) {
+    // Indexed (row, k), (k, column) and (row, column).
+    let (mut a, mut b, mut d) = ([[0i32; 32]; 16], [[0i32; 8]; 32], [[0i32; 8]; 16]);
+    let bytes = |word: u32| word.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
+    for (l, operand) in operand.iter().enumerate() {
+        let (g, t) = (l / 4, l % 4);
+        for (register, &word) in operand[..4].iter().enumerate() {
+            let (row, k) = (g + 8 * (register & 1), 4 * t + 16 * (register >> 1));
+            a[row][k..k + 4].copy_from_slice(&bytes(word));
+        }
+        for (register, &word) in operand[4..6].iter().enumerate() {
+            for (row, byte) in b[4 * t + 16 * register..].iter_mut().zip(bytes(word)) {
+                row[g] = byte;
+            }
+        }
+        for (register, &bits) in operand[6..].iter().enumerate() {
+            d[g + 8 * (register >> 1)][2 * t + (register & 1)] = bits.cast_signed();
+        }
+    }
+    for (a, d) in a.iter().zip(&mut d) {
+        for (a, b) in a.iter().zip(&b) {
+            for (d, b) in d.iter_mut().zip(b) {
+                *d = d.wrapping_add(a * b);
+            }
+        }
+    }
+    for (l, lane) in lanes.iter().enumerate() {
+        let (g, t) = (l / 4, l % 4);
+        let mut payload = operand[l];
+        for register in 0..4 {
+            payload[register] = d[g + 8 * (register >> 1)][2 * t + (register & 1)].cast_unsigned();
         }
         lane.payload.set(payload);
     }
@@ -664,23 +711,38 @@ pub unsafe fn load_matrix_x4<T>(base: SharedAddress, i: usize, len: usize, trans
 /// `from` is readable if `valid`; the caller checked it.
 #[track_caller]
 pub unsafe fn copy_async<T>(to: SharedAddress, i: usize, len: usize, from: *const u8, valid: bool) {
+    // SAFETY: the caller's promise.
+    let data = if valid { unsafe { *from.cast() } } else { [0; 4] };
+    start_copy::<T>(to, i, len, 16, data);
+}
+
+/// # Safety
+/// As above.
+#[track_caller]
+pub unsafe fn copy_async4<T>(to: SharedAddress, i: usize, len: usize, from: *const u8, valid: bool) {
+    // SAFETY: the caller's promise.
+    let word = if valid { unsafe { *from.cast() } } else { 0 };
+    start_copy::<T>(to, i, len, 4, [word, 0, 0, 0]);
+}
+
+/// A copy of the first `bytes` of `data` to element `i` of a shared array.
+#[track_caller]
+fn start_copy<T>(to: SharedAddress, i: usize, len: usize, bytes: usize, data: [u32; 4]) {
     let at = Location::caller();
-    let elements = 16 / size_of::<T>();
+    let elements = bytes / size_of::<T>();
     if i >= len || elements > len - i {
         fault(FaultKind::OutOfBounds { index: i.saturating_add(elements - 1), len }, at);
     }
     let to = to + i * size_of::<T>();
-    if !to.is_multiple_of(16) {
-        fault(FaultKind::Misaligned { address: to, alignment: 16 }, at);
+    if !to.is_multiple_of(bytes) {
+        fault(FaultKind::Misaligned { address: to, alignment: bytes }, at);
     }
-    // SAFETY: the caller's promise.
-    let data = if valid { unsafe { *from.cast() } } else { [0; 4] };
     if let Some(shadow) = &block().shared_shadow {
-        record(shadow, Access::Copy, to, 16, i, size_of::<T>(), at);
+        record(shadow, Access::Copy, to, bytes, i, size_of::<T>(), at);
     }
     let mut copies = lane().copies.borrow_mut();
     let group = copies.committed;
-    copies.pending.push(PendingCopy { group, to, data });
+    copies.pending.push(PendingCopy { group, to, bytes, data });
 }
 
 pub fn cp_async_commit() {
@@ -695,12 +757,12 @@ pub fn cp_async_wait<const PENDING: u32>() {
     let landed: std::vec::Vec<PendingCopy> =
         copies.pending.extract_if(.., |copy| copy.group < complete_below).collect();
     drop(copies);
-    for PendingCopy { to, data, .. } in landed {
+    for PendingCopy { to, bytes, data, .. } in landed {
         if let Some(shadow) = &block().shared_shadow {
-            shadow.record(to, 16, Access::Landing, block().stamp(lane.index));
+            shadow.record(to, bytes, Access::Landing, block().stamp(lane.index));
         }
-        // SAFETY: `copy_async` checked it.
-        unsafe { *(to as *mut [u32; 4]) = data };
+        // SAFETY: `start_copy` checked it.
+        unsafe { core::ptr::copy_nonoverlapping(data.as_ptr().cast(), to as *mut u8, bytes) };
     }
 }
 

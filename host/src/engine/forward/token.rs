@@ -92,7 +92,7 @@ impl Model {
                 let (d, d_ff) = (self.spec.d_model, self.spec.d_ff);
                 let is_mxfp4 = [gate.format, up.format, down.format] == [WeightFormat::Mxfp4; 3];
                 let fits = ops::experts_token_fits(*n_expert, *n_used, d, d_ff)
-                    && ops::router_fits(output.n_in, output.n_out, *n_expert);
+                    && ops::router_fits(output.linear(), *n_expert, self.stream());
                 let (NormSpec::Rms { gamma, epsilon }, true) =
                     (&layer.ffn_norm, is_mxfp4 && fits && !self.device.prefers_scalars())
                 else {
@@ -103,13 +103,14 @@ impl Model {
                 };
                 // The product that makes x also multiplies its share of it with the router; the experts' first kernel adds
                 // the shares up.
-                let n_parts = ops::router_parts(output.n_in, output.n_out);
+                let n_parts = ops::router_parts(output.linear(), *n_expert, self.stream());
                 let parts = self.work.parts.view().part(0..n_parts * (n_expert + 1));
                 let (router_weight, gamma) = (vector(router.weight), vector(*gamma));
                 let router_parts = RouterParts { weight: router_weight, gamma, parts };
                 let bias = layer.attention_output.bias.map(vector);
                 let shares = Some(router_parts);
-                ops::linear_fused(launcher, x, output.linear(), attended, None, bias, Epilogue::Add, shares)?;
+                let stream = self.stream();
+                ops::linear_fused(launcher, x, output.linear(), attended, None, bias, Epilogue::Add, shares, stream)?;
                 let finish = RouterFinish { parts, gamma, bias: router.bias.map(vector), epsilon: *epsilon };
                 let token = TokenExperts {
                     n_blocks: self.device.multiprocessors(),
@@ -123,6 +124,11 @@ impl Model {
                 ops::experts_token(launcher, &token, x, finish, gate, up, down)
             }
         }
+    }
+
+    /// The multiprocessors whose tensor cores take one token's products, if they do.
+    fn stream(&self) -> Option<u32> {
+        (!self.device.prefers_scalars()).then(|| self.device.multiprocessors())
     }
 
     fn product(
@@ -160,8 +166,18 @@ impl Model {
         {
             let normed = self.work.normed.view().part(0..matrix.n_in);
             self.norm(launcher, normed, x, norm)?;
-            return ops::linear_fused(launcher, out, matrix.linear(), normed, None, bias, epilogue, None);
+            return ops::linear_fused(
+                launcher,
+                out,
+                matrix.linear(),
+                normed,
+                None,
+                bias,
+                epilogue,
+                None,
+                self.stream(),
+            );
         }
-        ops::linear_fused(launcher, out, matrix.linear(), x, fused, bias, epilogue, None)
+        ops::linear_fused(launcher, out, matrix.linear(), x, fused, bias, epilogue, None, self.stream())
     }
 }
