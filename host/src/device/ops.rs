@@ -239,6 +239,7 @@ pub fn router_parts(n_in: usize, n_out: usize) -> usize {
 }
 
 /// `out = epilogue(weight · norm(x) + bias)` for one token, in one launch, and with a router what its logits are made of.
+/// Without one it is cut into `n_warps` blocks of one warp, if so many are asked for, and else as fits a GPU.
 ///
 /// The weights, γ, β, biases and the router must have been written before the launch before this one: they are read while
 /// that one may still run.
@@ -260,6 +261,7 @@ pub fn linear_fused(
     bias: Option<View<f32>>,
     epilogue: Epilogue,
     router: Option<RouterParts>,
+    n_warps: Option<u32>,
 ) -> Result<(), LaunchError> {
     let LinearMatrix { format, packed, n_in, n_out } = matrix;
     assert_eq!((out.len(), x.len()), (n_out, n_in), "lengths");
@@ -288,7 +290,15 @@ pub fn linear_fused(
     assert!(norm.is_none() || norm_fits(n_in, beta.is_some()), "a norm of {n_in} elements does not fit");
     let (gamma, beta, code) = (optional(gamma), optional(beta), epilogue.code());
     // SAFETY: as in `embed`.
-    unsafe { matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code) }
+    unsafe {
+        match n_warps {
+            None => matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code),
+            Some(n_warps) => {
+                let geometry = matvec::launch_warps(o, n_warps);
+                matvec::run_in(geometry, format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code)
+            }
+        }
+    }
 }
 
 /// Rows of f16 under a power of two each: what [`linear_rows`] multiplies.

@@ -109,7 +109,7 @@ impl Model {
                 let router_parts = RouterParts { weight: router_weight, gamma, parts };
                 let bias = layer.attention_output.bias.map(vector);
                 let shares = Some(router_parts);
-                ops::linear_fused(launcher, x, output.linear(), attended, None, bias, Epilogue::Add, shares)?;
+                ops::linear_fused(launcher, x, output.linear(), attended, None, bias, Epilogue::Add, shares, None)?;
                 let finish = RouterFinish { parts, gamma, bias: router.bias.map(vector), epsilon: *epsilon };
                 let token = TokenExperts {
                     n_blocks: self.device.multiprocessors(),
@@ -149,6 +149,8 @@ impl Model {
         epilogue: Epilogue,
     ) -> Result<(), LaunchError> {
         let vector = |id| self.weights.vector(id).view();
+        // A few for each of the host's threads, so that none waits long for the last.
+        let n_warps = self.device.prefers_scalars().then(|| 4 * self.device.multiprocessors());
         let fused = norm.map(|norm| match *norm {
             NormSpec::Layer { gamma, beta, epsilon } => {
                 Norm::Layer { gamma: vector(gamma), beta: vector(beta), epsilon }
@@ -160,8 +162,8 @@ impl Model {
         {
             let normed = self.work.normed.view().part(0..matrix.n_in);
             self.norm(launcher, normed, x, norm)?;
-            return ops::linear_fused(launcher, out, matrix.linear(), normed, None, bias, epilogue, None);
+            return ops::linear_fused(launcher, out, matrix.linear(), normed, None, bias, epilogue, None, n_warps);
         }
-        ops::linear_fused(launcher, out, matrix.linear(), x, fused, bias, epilogue, None)
+        ops::linear_fused(launcher, out, matrix.linear(), x, fused, bias, epilogue, None, n_warps)
     }
 }
