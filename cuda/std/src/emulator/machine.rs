@@ -290,6 +290,8 @@ pub unsafe fn sync_threads() {
     suspend(lane);
 }
 
+/// Waits for the warp. This and all that calls it is inlined into the kernel: a lane that were resumed inside a function of
+/// its own would return from it to where the processor does not expect, and so would its next switch.
 #[inline(always)]
 #[track_caller]
 fn together<const IN: usize, const OUT: usize>(operation: Operation, operands: [u32; IN]) -> [u32; OUT] {
@@ -305,6 +307,7 @@ fn together<const IN: usize, const OUT: usize>(operation: Operation, operands: [
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn sync_warp() {
     let [] = together(Operation::Sync, []);
@@ -312,6 +315,7 @@ pub unsafe fn sync_warp() {
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn shuffle_xor(value: u32, lane_mask: u32) -> u32 {
     let [result] = together(Operation::ShuffleXor, [value, lane_mask]);
@@ -320,6 +324,7 @@ pub unsafe fn shuffle_xor(value: u32, lane_mask: u32) -> u32 {
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn shuffle_idx(value: u32, source: u32) -> u32 {
     let [result] = together(Operation::ShuffleIdx, [value, source]);
@@ -328,6 +333,7 @@ pub unsafe fn shuffle_idx(value: u32, source: u32) -> u32 {
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn shuffle_down(value: u32, delta: u32) -> u32 {
     let [result] = together(Operation::ShuffleDown, [value, delta]);
@@ -336,6 +342,7 @@ pub unsafe fn shuffle_down(value: u32, delta: u32) -> u32 {
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn ballot(predicate: bool) -> u32 {
     let [result] = together(Operation::Ballot, [predicate.into()]);
@@ -344,6 +351,7 @@ pub unsafe fn ballot(predicate: bool) -> u32 {
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn butterfly<const WIDTH: u32, const OPERATION: u8>(value: f32) -> f32 {
     let operation = Operation::Butterfly { width: WIDTH as u8, operation: OPERATION };
@@ -353,6 +361,7 @@ pub unsafe fn butterfly<const WIDTH: u32, const OPERATION: u8>(value: f32) -> f3
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn mma_m16n8k16_f16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
     let [c0, c1, c2, c3] = c.map(f32::to_bits);
@@ -433,35 +442,50 @@ fn halves(pair: u32) -> [f64; 2] {
 
 /// D = A · B + C by the fragment table of [`crate::mma`].
 fn mma_f16(lanes: &[Lane; 32]) {
-    // Indexed (row, k), (k, column) and (row, column). Products of f16 are exact in f64, and so, nearly always, their sum.
-    let (mut a, mut b, mut d) = ([[0.0f64; 16]; 16], [[0.0f64; 8]; 16], [[0.0f64; 8]; 16]);
-    for (l, lane) in lanes.iter().enumerate() {
-        let (g, t) = (l / 4, l % 4);
-        let operand = |i: usize| lane.payload[i].get();
-        for register in 0..4 {
-            let (row, k) = (g + 8 * (register & 1), 2 * t + 8 * (register >> 1));
-            a[row][k..k + 2].copy_from_slice(&halves(operand(register)));
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        /// # Safety
+        /// The processor has AVX2.
+        #[target_feature(enable = "avx2")]
+        unsafe fn with_avx2(lanes: &[Lane; 32]) {
+            multiply(lanes);
         }
-        for register in 0..2 {
-            let k = 2 * t + 8 * register;
-            [b[k][g], b[k + 1][g]] = halves(operand(4 + register));
-        }
-        for register in 0..4 {
-            d[g + 8 * (register >> 1)][2 * t + (register & 1)] = f32::from_bits(operand(6 + register)).into();
-        }
+        // SAFETY: it has, says the line above.
+        return unsafe { with_avx2(lanes) };
     }
-    // Columns innermost: eight sums at a time instead of one chain of additions.
-    for (a, d) in a.iter().zip(&mut d) {
-        for (a, b) in a.iter().zip(&b) {
-            for (d, b) in d.iter_mut().zip(b) {
-                *d += a * b;
+    multiply(lanes);
+}
+
+/// [`mma_f16`], for any processor that it is inlined for: the same operations in the same order, more or fewer at a time.
+#[inline(always)]
+fn multiply(lanes: &[Lane; 32]) {
+    // Lane 4g + t has elements 2t and 2t + 1 of row g of a quarter of A (quarters are its registers), of column g of a half of
+    // B, and of row g of a half of C. So a register of all lanes is 8 rows, or columns, of 8.
+    let register = |i: usize| -> [[f64; 8]; 8] {
+        core::array::from_fn(|g| {
+            let pairs: [[f64; 2]; 4] = core::array::from_fn(|t| halves(lanes[4 * g + t].payload[i].get()));
+            core::array::from_fn(|k| pairs[k / 2][k % 2])
+        })
+    };
+    // Products of f16 are exact in f64, and so, nearly always, their sum.
+    let (a, b) = ([register(0), register(1), register(2), register(3)], [register(4), register(5)]);
+    let b: [[f64; 8]; 16] = core::array::from_fn(|k| core::array::from_fn(|column| b[k / 8][column][k % 8]));
+    for half in 0..2 {
+        for g in 0..8 {
+            let at = |column: usize| &lanes[4 * g + column / 2].payload;
+            let mut d: [f64; 8] =
+                core::array::from_fn(|column| f32::from_bits(at(column)[6 + 2 * half + column % 2].get()).into());
+            // Columns innermost: eight sums at a time instead of one chain of additions.
+            for (k, b) in b.iter().enumerate() {
+                let a = a[half + 2 * (k / 8)][g][k % 8];
+                for (d, b) in d.iter_mut().zip(b) {
+                    *d += a * b;
+                }
             }
-        }
-    }
-    for (l, lane) in lanes.iter().enumerate() {
-        let (g, t) = (l / 4, l % 4);
-        for (register, result) in lane.payload[..4].iter().enumerate() {
-            result.set((d[g + 8 * (register >> 1)][2 * t + (register & 1)] as f32).to_bits());
+            // Its registers of A are taken, and C's of this row.
+            for (column, d) in d.into_iter().enumerate() {
+                at(column)[2 * half + column % 2].set((d as f32).to_bits());
+            }
         }
     }
 }
@@ -669,6 +693,7 @@ pub unsafe fn shared_store16<T>(base: SharedAddress, i: usize, len: usize, value
 
 /// # Safety
 /// As above.
+#[inline(always)]
 #[track_caller]
 pub unsafe fn load_matrix_x4<T>(base: SharedAddress, i: usize, len: usize, transposed: bool) -> [u32; 4] {
     let address = on_shared::<T>(Access::Read, base, i, 16, len) as u64;
