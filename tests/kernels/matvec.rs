@@ -3,7 +3,8 @@ use cuda_std::{DeviceSlice, Launch, LaunchError, Launcher};
 use gamma_tests::{TestDevice, assert_close, devices, normal, uniform};
 use gpt_gamma::gguf::TensorType;
 use kernels::matvec::{
-    self, ADD, GELU_ERF, GELU_TANH, MAX_EXPERTS, PART, STORE, launch, n_parts, norm_fits, router_fits, run, run_router,
+    self, ADD, GELU_ERF, GELU_TANH, MAX_EXPERTS, PART, STORE, launch, launch_warps, n_parts, norm_fits, router_fits,
+    run, run_in, run_router,
 };
 
 #[test]
@@ -77,6 +78,24 @@ fn runs_longer_than_the_ring() {
         matvec_mxfp4: MXFP4, 67;
         matvec_q4_k: Q4_K, 72;
     }
+}
+
+#[test]
+fn blocks_of_one_warp_give_what_all_do() {
+    // As the emulator runs models: runs of 8 rows, of 5 and a last one of 3, of a row; a warp walks around the ring.
+    for (ty, n_in, n_out, n_blocks) in
+        [(TensorType::Q8_0, 256, 64, 8), (TensorType::MXFP4, 768, 38, 8), (TensorType::Q6_K, 2304, 3, 8)]
+    {
+        let weight = Matrix::random(ty, n_in, n_out, 39);
+        check_norm_by(&weight, 0.0, false, &|launcher, out, packed, [x, gamma, beta, bias], epsilon| {
+            let (geometry, format) = (launch_warps(n_out as u32, n_blocks), weight.format());
+            let (i, o) = (n_in as u32, n_out as u32);
+            // SAFETY: shapes as the kernel's comment says.
+            unsafe { run_in(geometry, format, launcher, out, packed, x, gamma, beta, bias, epsilon, i, o, STORE) }
+        });
+    }
+    assert_eq!(launch_warps(38, 8), (Launch::linear(8, 32), 5));
+    assert_eq!(launch_warps(3, 8), (Launch::linear(3, 32), 1));
 }
 
 #[test]

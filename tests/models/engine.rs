@@ -156,6 +156,27 @@ fn a_whole_step_is_clean_in_the_checked_emulator() {
     engine.greedy().unwrap();
 }
 
+#[test]
+fn what_is_fastest_on_a_cpu_gives_the_same_logits() {
+    // As `gamma` runs without a GPU: other kernels for experts, other blocks for products. GPT-2 with β, gpt-oss without.
+    let after = |model: &str, device: Emulated| {
+        let file = ModelFile::open(models().join(model)).unwrap();
+        let adapter = detect(file.metadata(), file.tensors()).unwrap();
+        let options = Options { n_ctx: 16, n_batch: 8, ..Options::for_model(adapter.spec()) };
+        let mut engine = Engine::load(Arc::new(device), &file, adapter.spec(), options, &mut |_, _| {}).unwrap();
+        engine.prefill(&TOKENS[..5], &mut |_| {}).unwrap();
+        TOKENS[5..8].iter().for_each(|&token| engine.decode(token).unwrap());
+        engine.logits().unwrap()
+    };
+    for model in ["tiny-gpt2-q4_k_m.gguf", "tiny-gpt-oss-mxfp4.gguf"] {
+        let expected = after(model, Emulated::new(Mode::Fast));
+        let found = after(model, Emulated::new(Mode::Checked { seed: 12 }).for_use());
+        // The GPU's kernel for experts rounds activations to f16, as in `any_chunking_gives_the_same_logits`.
+        let error = relative_error(&found, &expected);
+        assert!(error <= 2e-3, "{model}: {error:.2e}");
+    }
+}
+
 // ---- layers with a window ----
 
 /// gpt-oss, every other layer of which sees 64 keys.

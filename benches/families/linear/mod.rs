@@ -4,7 +4,7 @@ use criterion::Throughput;
 use cuda_std::{LaunchError, Launcher};
 use gamma_benches::{Case, Matrix, Rotating, Suite, spread};
 use gamma_tests::{normal, relative_error};
-use gpt_gamma::device::ops::{self, Epilogue};
+use gpt_gamma::device::ops::{self, Cut, Epilogue, LinearMatrix};
 use gpt_gamma::gguf::TensorType;
 
 /// `[n_tokens, n_in]` to `[n_tokens, n_out]`.
@@ -31,6 +31,7 @@ impl Linear {
             let (x, bias) = (normal(2, n_tokens * n_in), normal(3, n_out));
             Inputs {
                 n_turns,
+                cut: Cut::Multiprocessors(gpu.device.multiprocessors()),
                 packed: Rotating::copies(gpu, n_turns, &matrix.packed()),
                 on_device: (Rotating::copies(gpu, n_turns, &x), Rotating::copies(gpu, n_turns, &bias)),
                 out: Rotating::poisoned(gpu, n_turns, n_tokens * n_out),
@@ -44,6 +45,7 @@ impl Linear {
 
 struct Inputs {
     n_turns: usize,
+    cut: Cut,
     matrix: Matrix,
     x: Vec<f32>,
     bias: Vec<f32>,
@@ -61,6 +63,10 @@ impl Case for Inputs {
         let Matrix { n_in, n_out, .. } = self.matrix;
         let (x, bias) = (self.on_device.0.at(turn), self.on_device.1.at(turn));
         let (out, weight, format) = (self.out.at(turn), self.packed.at(turn), self.matrix.format());
+        if x.len() == n_in {
+            let matrix = LinearMatrix { format, packed: weight, n_in, n_out };
+            return ops::linear_fused(launcher, out, matrix, x, None, Some(bias), Epilogue::Store, None, self.cut);
+        }
         ops::linear(launcher, out, format, weight, x, Some(bias), n_in, n_out, Epilogue::Store)
     }
 

@@ -201,10 +201,24 @@ pub struct LinearMatrix<'a> {
     pub n_out: usize,
 }
 
+/// How one token's products are cut into blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// As fits a GPU of so many multiprocessors, on its tensor cores where they take the matrix: Q8_0 under an RMS norm or none.
+    Multiprocessors(u32),
+    /// Into so many blocks of one warp, without tensor cores; with a router as fits a GPU.
+    Warps(u32),
+}
+
 impl LinearMatrix<'_> {
-    /// `stream` if this matrix can be streamed through tensor cores.
-    fn streams(&self, stream: Option<u32>) -> Option<u32> {
-        stream.filter(|_| self.format == WeightFormat::Q8_0 && matvec::stream::fits(self.n_in as u32))
+    /// The multiprocessors that stream this matrix through tensor cores, if they do.
+    fn streams(&self, cut: Cut) -> Option<u32> {
+        match cut {
+            Cut::Multiprocessors(n) if self.format == WeightFormat::Q8_0 && matvec::stream::fits(self.n_in as u32) => {
+                Some(n)
+            }
+            _ => None,
+        }
     }
 }
 
@@ -236,27 +250,24 @@ pub fn norm_fits(n_in: usize, has_beta: bool) -> bool {
 }
 
 /// Whether [`linear_fused`] can serve a router of `n_expert` experts beside a matrix of this shape.
-pub fn router_fits(matrix: LinearMatrix, n_expert: usize, stream: Option<u32>) -> bool {
+pub fn router_fits(matrix: LinearMatrix, n_expert: usize, cut: Cut) -> bool {
     let (n_in, n_out, n_expert) = (matrix.n_in as u32, matrix.n_out as u32, n_expert as u32);
-    match matrix.streams(stream) {
+    match matrix.streams(cut) {
         Some(_) => n_expert > 0 && n_expert <= matvec::stream::MAX_EXPERTS,
         None => matvec::router_fits(n_in, n_out, n_expert),
     }
 }
 
 /// Rows of [`RouterParts::parts`] for a matrix and so many experts: at most as many as the matrix has.
-pub fn router_parts(matrix: LinearMatrix, n_expert: usize, stream: Option<u32>) -> usize {
+pub fn router_parts(matrix: LinearMatrix, n_expert: usize, cut: Cut) -> usize {
     let (n_in, n_out) = (matrix.n_in as u32, matrix.n_out as u32);
-    match matrix.streams(stream) {
+    match matrix.streams(cut) {
         Some(n_multiprocessors) => matvec::stream::n_parts(n_multiprocessors, n_in, n_out, n_expert as u32) as usize,
         None => matvec::n_parts(n_in, n_out) as usize,
     }
 }
 
 /// `out = epilogue(weight · norm(x) + bias)` for one token, in one launch, and with a router what its logits are made of.
-///
-/// `stream`: the multiprocessors of a device whose tensor cores are to take what they can, matrices of Q8_0 under an RMS norm
-/// or none; `None` for one that [prefers scalars](super::Device::prefers_scalars).
 ///
 /// The weights, γ, β, biases and the router must have been written before the launch before this one: they are read while
 /// that one may still run.
@@ -278,10 +289,10 @@ pub fn linear_fused(
     bias: Option<View<f32>>,
     epilogue: Epilogue,
     router: Option<RouterParts>,
-    stream: Option<u32>,
+    cut: Cut,
 ) -> Result<(), LaunchError> {
     let LinearMatrix { format, packed, n_in, n_out } = matrix;
-    let streams = matrix.streams(stream);
+    let streams = matrix.streams(cut);
     assert_eq!((out.len(), x.len()), (n_out, n_in), "lengths");
     assert_eq!(packed.len(), format.layout().planes(n_in, n_out).end, "weight length");
     assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
@@ -292,8 +303,8 @@ pub fn linear_fused(
         assert_eq!(gamma.len(), n_out, "router norm length");
         let n_expert = router.len() / n_out;
         assert_eq!(router.len(), n_expert * n_out, "router length");
-        assert_eq!(parts.len(), router_parts(matrix, n_expert, stream) * (n_expert + 1), "parts length");
-        assert!(router_fits(matrix, n_expert, stream), "{n_expert} experts do not fit");
+        assert_eq!(parts.len(), router_parts(matrix, n_expert, cut) * (n_expert + 1), "parts length");
+        assert!(router_fits(matrix, n_expert, cut), "{n_expert} experts do not fit");
         let (router, gamma, parts, e) = (router.slice(), gamma.slice(), parts.slice(), n_expert as u32);
         // SAFETY: as in `embed`.
         return unsafe {
@@ -315,9 +326,15 @@ pub fn linear_fused(
     let (gamma, beta, code) = (optional(gamma), optional(beta), epilogue.code());
     // SAFETY: as in `embed`.
     unsafe {
-        match streams {
-            Some(n) => matvec::stream::run(launcher, n, out, weight, x, gamma, bias, epsilon, i, o, code),
-            None => matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code),
+        match (streams, cut) {
+            (Some(n), _) => matvec::stream::run(launcher, n, out, weight, x, gamma, bias, epsilon, i, o, code),
+            (None, Cut::Multiprocessors(_)) => {
+                matvec::run(format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code)
+            }
+            (None, Cut::Warps(n_warps)) => {
+                let geometry = matvec::launch_warps(o, n_warps);
+                matvec::run_in(geometry, format, launcher, out, weight, x, gamma, beta, bias, epsilon, i, o, code)
+            }
         }
     }
 }

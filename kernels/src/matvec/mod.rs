@@ -14,7 +14,7 @@ use crate::format::WeightFormat;
 use crate::format::{self, Format, GROUP, Place};
 use crate::gelu;
 #[cfg(not(target_arch = "nvptx64"))]
-use cuda_std::{DeviceSlice, Entry, Launch, LaunchError, Launcher};
+use cuda_std::{DeviceSlice, Entry, Launch, LaunchError, Launcher, warp::WARP_SIZE};
 use cuda_std::{Disjoint, Global, Shared, kernel};
 use run::{LANES, Norm, Router, Run, memory, router_memory};
 
@@ -68,6 +68,14 @@ pub const fn launch(n_in: u32, n_out: u32) -> Launch {
 #[cfg(not(target_arch = "nvptx64"))]
 pub const fn n_parts(n_in: u32, n_out: u32) -> u32 {
     n_out.div_ceil(rows_per_block(n_in, n_out))
+}
+
+/// Another geometry, for a machine to which a thread costs much and a block's width nothing, as the emulator: `n_blocks`
+/// blocks of one warp at most, and the rows of each.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const fn launch_warps(n_out: u32, n_blocks: u32) -> (Launch, u32) {
+    let n_rows = n_out.div_ceil(n_blocks);
+    (Launch::linear(n_out.div_ceil(n_rows), WARP_SIZE), n_rows)
 }
 
 /// Whether an input of `n_in` elements can be normalized on the way: it is in shared memory whole, and with it β.
@@ -201,7 +209,39 @@ macro_rules! kernels {
             n_out: u32,
             epilogue: u32,
         ) -> Result<(), LaunchError> {
-            let (launch, n_rows) = (launch(n_in, n_out), rows_per_block(n_in, n_out));
+            let geometry = (launch(n_in, n_out), rows_per_block(n_in, n_out));
+            // SAFETY: the caller's promise.
+            unsafe {
+                run_in(geometry, format, launcher, out, weight, x, gamma, beta, bias, epsilon, n_in, n_out, epilogue)
+            }
+        }
+
+        /// [`run`] in a geometry of the caller's choice: [`launch`] says which there are; with it come the rows of a block.
+        ///
+        /// # Errors
+        ///
+        /// Those of [`Launcher::launch`].
+        ///
+        /// # Safety
+        ///
+        /// Those of the kernel.
+        #[cfg(not(target_arch = "nvptx64"))]
+        #[allow(clippy::too_many_arguments, reason = "the kernel's own")]
+        pub unsafe fn run_in(
+            (launch, n_rows): (Launch, u32),
+            format: WeightFormat,
+            launcher: &dyn Launcher,
+            out: DeviceSlice<f32>,
+            weight: DeviceSlice<u8>,
+            x: DeviceSlice<f32>,
+            gamma: DeviceSlice<f32>,
+            beta: DeviceSlice<f32>,
+            bias: DeviceSlice<f32>,
+            epsilon: f32,
+            n_in: u32,
+            n_out: u32,
+            epilogue: u32,
+        ) -> Result<(), LaunchError> {
             // SAFETY: the caller's promise.
             unsafe {
                 match format {

@@ -4,6 +4,8 @@ mod cache;
 mod prefill;
 mod token;
 
+use std::ops::Range;
+
 use cuda_std::{DeviceSlice, Launch, LaunchError, Launcher, f16};
 use gamma_tests::{TestDevice, normal, uniform};
 use gpt_gamma::device::Buffer;
@@ -69,11 +71,12 @@ impl Model {
         if self.sinks { uniform(99, self.n_head, 1.0, 3.0) } else { Vec::new() }
     }
 
-    /// Attention as its definition says: `[n_tokens, n_head d_head]`.
-    fn reference(&self, qkv: &[f32], n_tokens: usize, sinks: &[f32], kv: Kv) -> Vec<f64> {
+    /// Attention from these tokens as its definition says: `[tokens.len(), n_head d_head]`.
+    fn reference(&self, qkv: &[f32], tokens: Range<usize>, sinks: &[f32], kv: Kv) -> Vec<f64> {
         let &Model { n_head, n_head_kv, d_head, window, .. } = self;
-        let mut out = vec![0.0; n_tokens * n_head * d_head];
-        for i in 0..n_tokens {
+        let first = tokens.start;
+        let mut out = vec![0.0; tokens.len() * n_head * d_head];
+        for i in tokens {
             for h in 0..n_head {
                 let at = |token: usize, head: usize| token * self.width() + head * d_head;
                 let kv_head = h / (n_head / n_head_kv);
@@ -89,9 +92,9 @@ impl Model {
                 let sum = scores.iter().map(|s| (s - largest).exp()).sum::<f64>() + (sink - largest).exp();
                 for (&j, score) in visible.iter().zip(&scores) {
                     let v = &qkv[at(j, n_head + n_head_kv + kv_head)..];
+                    let share = (score - largest).exp() / sum;
                     for c in 0..d_head {
-                        let value = f64::from(kv.round(v[c]));
-                        out[(i * n_head + h) * d_head + c] += (score - largest).exp() / sum * value;
+                        out[((i - first) * n_head + h) * d_head + c] += share * f64::from(kv.round(v[c]));
                     }
                 }
             }
@@ -99,11 +102,12 @@ impl Model {
         out
     }
 
-    /// References with a mistake each, of those that show in the last of `n_tokens`.
-    fn mutations(&self, qkv: &[f32], n_tokens: usize, sinks: &[f32], kv: Kv) -> Vec<(String, Vec<f64>)> {
+    /// References with a mistake each, of those that show in the last of `tokens`.
+    fn mutations(&self, qkv: &[f32], tokens: Range<usize>, sinks: &[f32], kv: Kv) -> Vec<(String, Vec<f64>)> {
+        let n_tokens = tokens.end;
         let mut mutations = Vec::new();
         let mut add = |name: String, model: Model, sinks: &[f32]| {
-            mutations.push((name, model.reference(qkv, n_tokens, sinks, kv)));
+            mutations.push((name, model.reference(qkv, tokens.clone(), sinks, kv)));
         };
         if self.window > 0 && self.window < n_tokens {
             add(format!("window {} + 1", self.window), Model { window: self.window + 1, ..*self }, sinks);

@@ -64,7 +64,7 @@ fn outputs_may_be_f16() {
 fn check_prefill(model: Model, n_tokens: usize, pieces: &[usize]) {
     let (qkv, sinks) = (model.qkv(n_tokens as u64, n_tokens), model.sinks());
     for kv in [Kv::F16, Kv::F32] {
-        let expected = model.reference(&qkv, n_tokens, &sinks, kv);
+        let expected = model.reference(&qkv, 0..n_tokens, &sinks, kv);
         let tolerance = if kv == Kv::F16 { TENSOR_CORES } else { FULL_PRECISION };
         for device in devices() {
             let session = Session::new(&device, model, kv, n_tokens);
@@ -74,7 +74,7 @@ fn check_prefill(model: Model, n_tokens: usize, pieces: &[usize]) {
                 first += piece;
             }
             assert_close(&out, &expected, tolerance);
-            for (name, mutated) in model.mutations(&qkv, n_tokens, &sinks, kv) {
+            for (name, mutated) in model.mutations(&qkv, 0..n_tokens, &sinks, kv) {
                 let last = (n_tokens - 1) * model.n_head * model.d_head;
                 let error = relative_error(&out[last..], &mutated[last..]);
                 assert!(error > 10.0 * tolerance, "{name} would pass unseen: {error:.1e}");

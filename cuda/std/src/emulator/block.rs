@@ -1,40 +1,33 @@
 //! Runs one block: its threads as coroutines, stopped and released at the operations that need several of them.
 
+use std::boxed::Box;
 use std::cell::{Cell, RefCell};
 use std::format;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::string::{String, ToString};
-use std::vec;
 use std::vec::Vec;
 
+use core::ops::Range;
 use core::panic::Location;
 
-use corosensei::stack::DefaultStack;
-use corosensei::{Coroutine, CoroutineResult, Yielder};
+use corosensei::Yielder;
 
 use super::fault::{Fault, FaultKind, place};
 use super::machine::{self, Argument};
+use super::pool::{Job, Pool};
 use super::shadow::{Shadow, Stamp};
 use crate::launch::{Entry, Launch};
 
-/// Room for a kernel's frame and for the panic machinery on top; only touched pages take memory.
-const STACK_BYTES: usize = 256 * 1024;
 /// What a block may declare statically, on every architecture.
 pub(super) const SHARED_BYTES: usize = 48 * 1024;
 pub(super) const POISON: u8 = super::POISON;
-const WARP: usize = 32;
-
-type Thread = Coroutine<(), (), (), DefaultStack>;
-
-std::thread_local! {
-    /// Stacks outlive blocks: mapping one costs more than a small block.
-    static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
-    static ARENAS: RefCell<Vec<Vec<u128>>> = const { RefCell::new(Vec::new()) };
-}
+pub(super) const WARP: usize = 32;
 
 /// What a thread waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Wait {
+    /// Its first turn.
+    Begin,
     /// Nothing: it may run.
     Nothing,
     Barrier,
@@ -51,7 +44,7 @@ pub(super) enum Operation {
     ShuffleIdx,
     ShuffleDown,
     Ballot,
-    Butterfly { width: u32, operation: u8 },
+    Butterfly { width: u8, operation: u8 },
     MmaF16,
     MmaS8,
     LoadMatrix { transposed: bool },
@@ -62,16 +55,47 @@ pub(super) struct Lane {
     pub thread_idx: [u32; 3],
     /// Its linear index in the block.
     pub index: u32,
-    pub block: *const Block,
-    pub yielder: Cell<*const Yielder<(), ()>>,
+    pub block: Cell<*const Block>,
+    /// That of the worker it runs on.
+    pub yielder: Cell<*const Yielder<*const Job, ()>>,
+    /// The worker, while it waits.
+    pub worker: Cell<u32>,
     pub wait: Cell<Wait>,
     /// The last operation it waited at.
     pub at: Cell<Option<&'static Location<'static>>>,
     /// Operands of the operation it waits for, then results.
-    pub payload: Cell<[u32; 10]>,
+    pub payload: [Cell<u32>; 10],
     pub copies: RefCell<Copies>,
     /// Whether it has passed [`crate::grid::wait`].
     pub waited: Cell<bool>,
+}
+
+impl Lane {
+    /// Thread `index` of a block of `shape`, of no block yet.
+    pub fn new(index: u32, [x, y, _]: [u32; 3]) -> Self {
+        Self {
+            thread_idx: [index % x, index / x % y, index / x / y],
+            index,
+            block: Cell::new(core::ptr::null()),
+            yielder: Cell::new(core::ptr::null()),
+            worker: Cell::new(0),
+            wait: Cell::new(Wait::Begin),
+            at: Cell::new(None),
+            payload: Default::default(),
+            copies: RefCell::default(),
+            waited: Cell::new(false),
+        }
+    }
+
+    /// As new, for the next block.
+    pub fn reset(&mut self) {
+        *self.wait.get_mut() = Wait::Begin;
+        *self.at.get_mut() = None;
+        *self.waited.get_mut() = false;
+        let copies = self.copies.get_mut();
+        copies.pending.clear();
+        copies.committed = 0;
+    }
 }
 
 /// `cp.async` copies under way.
@@ -129,10 +153,14 @@ impl Order {
         Self(if seed == 0 { 0 } else { seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(launch) | 1 << 63 })
     }
 
+    fn is_natural(&self) -> bool {
+        self.0 == 0
+    }
+
     /// `0..n` in this order's next permutation (Fisher and Yates, over splitmix64).
     pub fn permutation(&mut self, n: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..n).collect();
-        if self.0 != 0 {
+        if !self.is_natural() {
             for last in (1..n).rev() {
                 self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
                 let mut bits = self.0;
@@ -145,7 +173,7 @@ impl Order {
     }
 }
 
-/// Runs block number `linear` of the grid to its end.
+/// Runs block number `linear` of the grid to its end; checked if there is an order.
 pub(super) fn run(
     entry: &'static Entry,
     launch: Launch,
@@ -156,10 +184,21 @@ pub(super) fn run(
 ) -> Result<(), Fault> {
     let [grid_x, grid_y, _] = launch.grid.map(|n| n as usize);
     let block_idx = [linear % grid_x, linear / grid_x % grid_y, linear / grid_x / grid_y].map(|i| i as u32);
-    let n_threads = launch.threads() as usize;
-    let mut arena = ARENAS.with_borrow_mut(Vec::pop).unwrap_or_default();
-    arena.resize((SHARED_BYTES + entry.dynamic_shared as usize).div_ceil(size_of::<u128>()), 0);
-    let checked = order.is_some();
+    let mut pool = Pool::take();
+    pool.prepare_lanes(launch.block);
+    pool.arena.resize((SHARED_BYTES + entry.dynamic_shared as usize).div_ceil(size_of::<u128>()), 0);
+    let arena = pool.arena.as_mut_ptr() as usize;
+    let shared_shadow = order.is_some().then(|| {
+        pool.arena.fill(u128::from_ne_bytes([POISON; 16]));
+        let mut shadow = pool.shared_shadow.take().unwrap_or_else(|| Shadow::new(arena, 0));
+        shadow.begin_block(arena, pool.arena.len() * size_of::<u128>());
+        shadow
+    });
+    let mut warp_syncs = core::mem::take(&mut pool.warp_syncs);
+    warp_syncs.clear();
+    warp_syncs.resize(pool.lanes.len().div_ceil(WARP), Cell::new(0));
+    let mut arrays = core::mem::take(&mut pool.arrays);
+    arrays.clear();
     let block = Block {
         entry,
         launch,
@@ -168,72 +207,49 @@ pub(super) fn run(
         acquired: Cell::new(false),
         linear: linear as u32,
         barriers: Cell::new(0),
-        warp_syncs: vec![Cell::new(0); n_threads.div_ceil(WARP)],
-        arena: arena.as_mut_ptr() as usize,
+        warp_syncs,
+        arena,
         arena_used: Cell::new(0),
-        arrays: RefCell::new(Vec::new()),
-        shared_shadow: checked.then(|| Shadow::new(arena.as_ptr() as usize, arena.len() * size_of::<u128>())),
+        arrays: RefCell::new(arrays),
+        shared_shadow,
         fault: RefCell::new(None),
     };
-    if checked {
-        arena.fill(u128::from_ne_bytes([POISON; 16]));
-    }
 
     let mut natural = Order::new(0, 0);
-    let order = order.unwrap_or(&mut natural);
-    let result = Scheduler::new(&block, arguments, n_threads).run(order);
-    ARENAS.with_borrow_mut(|arenas| arenas.push(arena));
+    let mut scheduler = Scheduler::new(&block, arguments, pool);
+    let result = scheduler.run(order.unwrap_or(&mut natural));
+    let mut pool = scheduler.pool;
+    if result.is_err() {
+        pool.recover();
+    }
+    (pool.warp_syncs, pool.arrays) = (block.warp_syncs, block.arrays.into_inner());
+    pool.shared_shadow = block.shared_shadow.or(pool.shared_shadow.take());
+    pool.give_back();
     result
 }
 
 struct Scheduler<'a> {
     block: &'a Block,
-    arguments: &'a [Argument],
-    lanes: Vec<Lane>,
-    /// The coroutines that have begun and not returned. One that returns at once leaves its stack, still in the cache, to
-    /// the next.
-    threads: Vec<Option<Thread>>,
+    pool: Box<Pool>,
+    job: Job,
 }
 
 impl<'a> Scheduler<'a> {
-    fn new(block: &'a Block, arguments: &'a [Argument], n_threads: usize) -> Self {
-        let [x, y, _] = block.launch.block;
-        let lane = |index: u32| Lane {
-            thread_idx: [index % x, index / x % y, index / x / y],
-            index,
-            block,
-            yielder: Cell::new(core::ptr::null()),
-            wait: Cell::new(Wait::Nothing),
-            at: Cell::new(None),
-            payload: Cell::new([0; 10]),
-            copies: RefCell::default(),
-            waited: Cell::new(false),
+    fn new(block: &'a Block, arguments: &'a [Argument], pool: Box<Pool>) -> Self {
+        for lane in &pool.lanes {
+            lane.block.set(block);
+        }
+        let job = Job {
+            emulate: block.entry.emulate,
+            arguments,
+            lanes: pool.lanes.as_slice(),
+            order: Cell::new(&[]),
+            next: Cell::new(0),
         };
-        let lanes: Vec<Lane> = (0..n_threads as u32).map(lane).collect();
-
-        let threads = lanes.iter().map(|_| None).collect();
-        Self { block, arguments, lanes, threads }
+        Self { block, pool, job }
     }
 
-    fn begin(&self, index: usize) -> Thread {
-        let emulate = self.block.entry.emulate;
-        let (lane, arguments): (*const Lane, *const [Argument]) = (&raw const self.lanes[index], self.arguments);
-        let stack = STACKS.with_borrow_mut(Vec::pop).unwrap_or_else(|| {
-            DefaultStack::new(STACK_BYTES).expect("the host maps a stack for each thread of a block")
-        });
-        Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
-            // SAFETY: `lane` and `arguments` outlive the coroutine: `Scheduler` drops it, and `run` holds both. The
-            // kernel's contract is that of the launch.
-            unsafe {
-                (*lane).yielder.set(yielder);
-                emulate(&*arguments);
-                machine::returned();
-                (*lane).wait.set(Wait::Done);
-            }
-        })
-    }
-
-    fn run(mut self, order: &mut Order) -> Result<(), Fault> {
+    fn run(&mut self, order: &mut Order) -> Result<(), Fault> {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.rounds(order)));
         let current = machine::leave();
         outcome.unwrap_or_else(|panic| {
@@ -249,39 +265,38 @@ impl<'a> Scheduler<'a> {
 
     /// Runs every warp as far as it gets, then opens the barrier, until all have returned.
     fn rounds(&mut self, order: &mut Order) -> Result<(), Fault> {
+        let (n_lanes, n_warps) = (self.pool.lanes.len(), self.block.warp_syncs.len());
         loop {
-            for warp in order.permutation(self.block.warp_syncs.len()) {
-                self.run_warp(warp, order)?;
+            if order.is_natural() {
+                (0..n_warps).try_for_each(|warp| self.run_warp(warp, order))?;
+            } else {
+                order.permutation(n_warps).into_iter().try_for_each(|warp| self.run_warp(warp, order))?;
             }
             // Each lane now waits at the block's barrier or has returned.
-            let waiting = self.lanes.iter().filter(|lane| lane.wait.get() == Wait::Barrier).count();
-            if waiting == 0 {
+            let Some(first) = self.pool.lanes.iter().position(|lane| lane.wait.get() == Wait::Barrier) else {
                 return Ok(());
-            }
-            let first = self.lanes.iter().position(|lane| lane.wait.get() == Wait::Barrier).expect("counted above");
-            if let Some(others) = self.divergence(first, 0..self.lanes.len()) {
+            };
+            if let Some(others) = self.divergence(first, 0..n_lanes) {
                 return Err(self.fault(first, FaultKind::DivergentBarrier { others }));
             }
             self.block.barriers.set(self.block.barriers.get() + 1);
-            for lane in &self.lanes {
-                lane.wait.set(Wait::Nothing);
-            }
+            self.release(0..n_lanes);
         }
     }
 
     fn run_warp(&mut self, warp: usize, order: &mut Order) -> Result<(), Fault> {
-        let lanes = warp * WARP..self.lanes.len().min((warp + 1) * WARP);
+        let lanes = warp * WARP..self.pool.lanes.len().min((warp + 1) * WARP);
         loop {
-            if order.0 == 0 {
-                for index in lanes.clone() {
-                    self.resume(index)?;
-                }
+            if order.is_natural() {
+                let natural: *const [u32] = &raw const self.pool.natural[lanes.clone()];
+                // SAFETY: nothing changes `natural` while a block runs.
+                self.pass(unsafe { &*natural })?;
             } else {
-                for lane in order.permutation(lanes.len()) {
-                    self.resume(lanes.start + lane)?;
-                }
+                let permutation = order.permutation(lanes.len());
+                let drawn: Vec<u32> = permutation.into_iter().map(|lane| (lanes.start + lane) as u32).collect();
+                self.pass(&drawn)?;
             }
-            let operation = lanes.clone().find_map(|index| match self.lanes[index].wait.get() {
+            let operation = lanes.clone().find_map(|index| match self.pool.lanes[index].wait.get() {
                 Wait::Warp(operation) => Some((index, operation)),
                 _ => None,
             });
@@ -298,37 +313,58 @@ impl<'a> Scheduler<'a> {
                 let syncs = &self.block.warp_syncs[warp];
                 syncs.set(syncs.get() + 1);
             }
-            machine::complete(operation, &self.lanes[lanes.clone()]);
-            for lane in &self.lanes[lanes.clone()] {
-                lane.wait.set(Wait::Nothing);
-            }
+            machine::complete(operation, &self.pool.lanes[lanes.clone()]);
+            self.release(lanes.clone());
         }
     }
 
-    fn resume(&mut self, index: usize) -> Result<(), Fault> {
-        let lane = &self.lanes[index];
-        if lane.wait.get() != Wait::Nothing {
-            return Ok(());
+    /// Gives each of a warp's lanes its turn, in this order: it runs as far as it gets.
+    fn pass(&mut self, order: &[u32]) -> Result<(), Fault> {
+        self.job.order.set(order);
+        self.job.next.set(0);
+        while let Some(&index) = order.get(self.job.next.get()) {
+            let lane = &self.pool.lanes[index as usize];
+            let worker = match lane.wait.get() {
+                // The worker begins this lane and, if it returns without having waited, those after it.
+                Wait::Begin => self.pool.idle_worker(),
+                wait => {
+                    self.job.next.set(self.job.next.get() + 1);
+                    if wait != Wait::Nothing {
+                        continue;
+                    }
+                    machine::enter(lane);
+                    lane.worker.get()
+                }
+            };
+            self.pool.workers[worker as usize].resume(&raw const self.job);
+            let lane = machine::current();
+            match lane.wait.get() {
+                Wait::Done => self.pool.idle.push(worker),
+                Wait::Nothing => {
+                    return Err(self.block.fault.take().expect("only a fault suspends a lane that does not wait"));
+                }
+                _ => lane.worker.set(worker),
+            }
         }
-        machine::enter(lane);
-        if self.threads[index].is_none() {
-            self.threads[index] = Some(self.begin(index));
-        }
-        let thread = self.threads[index].as_mut().expect("begun above");
-        if let CoroutineResult::Return(()) = thread.resume(()) {
-            let stack = self.threads[index].take().expect("as above").into_stack();
-            STACKS.with_borrow_mut(|stacks| stacks.push(stack));
-        }
-        match self.block.fault.borrow_mut().take() {
-            Some(fault) => Err(fault),
-            None => Ok(()),
+        Ok(())
+    }
+
+    /// Lets lanes run on.
+    fn release(&self, lanes: Range<usize>) {
+        for lane in &self.pool.lanes[lanes] {
+            lane.wait.set(Wait::Nothing);
         }
     }
 
     /// Where the lanes of `range` are that do not wait where lane `first` does.
-    fn divergence(&self, first: usize, range: core::ops::Range<usize>) -> Option<String> {
-        let (wait, at) = (self.lanes[first].wait.get(), self.lanes[first].at.get());
-        let other = self.lanes[range].iter().find(|lane| lane.wait.get() != wait || lane.at.get() != at)?;
+    fn divergence(&self, first: usize, range: Range<usize>) -> Option<String> {
+        let lanes = &self.pool.lanes;
+        let (wait, at) = (lanes[first].wait.get(), lanes[first].at.get());
+        // One place has one address nearly always; comparing what it names takes long.
+        let same = |a: Option<&'static Location>, b: Option<&'static Location>| {
+            matches!((a, b), (Some(a), Some(b)) if core::ptr::eq(a, b)) || a == b
+        };
+        let other = lanes[range].iter().find(|lane| lane.wait.get() != wait || !same(lane.at.get(), at))?;
         let thread = other.thread_idx;
         Some(match other.wait.get() {
             Wait::Done => format!("have returned, such as {thread:?}"),
@@ -337,18 +373,8 @@ impl<'a> Scheduler<'a> {
     }
 
     fn fault(&self, index: usize, kind: FaultKind) -> Fault {
-        let lane = &self.lanes[index];
+        let lane = &self.pool.lanes[index];
         let (kernel, block) = (self.block.entry.name, self.block.block_idx);
         Fault { kernel, block, thread: lane.thread_idx, at: lane.at.get().map_or_else(String::new, place), kind }
-    }
-}
-
-impl Drop for Scheduler<'_> {
-    fn drop(&mut self) {
-        for mut thread in self.threads.drain(..).flatten() {
-            // SAFETY: a kernel's frames own nothing, so nothing leaks when a faulted one is abandoned.
-            unsafe { thread.force_reset() };
-            STACKS.with_borrow_mut(|stacks| stacks.push(thread.into_stack()));
-        }
     }
 }

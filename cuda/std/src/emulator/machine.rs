@@ -26,6 +26,12 @@ pub(super) fn enter(lane: &Lane) {
     CURRENT.set(lane);
 }
 
+/// The lane that runs, or ran last.
+#[inline(always)]
+pub(super) fn current() -> &'static Lane {
+    lane()
+}
+
 /// No lane runs any more; gives the index of the last.
 pub(super) fn leave() -> Option<u32> {
     let last = CURRENT.replace(core::ptr::null());
@@ -44,7 +50,7 @@ fn lane() -> &'static Lane {
 #[inline(always)]
 fn block() -> &'static Block {
     // SAFETY: the block outlives its lanes.
-    unsafe { &*lane().block }
+    unsafe { &*lane().block.get() }
 }
 
 /// Ends the launch with a fault of the running thread.
@@ -284,123 +290,145 @@ pub unsafe fn sync_threads() {
     suspend(lane);
 }
 
+/// Waits for the warp. This and all that calls it is inlined into the kernel: a lane that were resumed inside a function of
+/// its own would return from it to where the processor does not expect, and so would its next switch.
 #[inline(always)]
 #[track_caller]
-fn together(operation: Operation, operands: [u32; 10]) -> [u32; 10] {
+fn together<const IN: usize, const OUT: usize>(operation: Operation, operands: [u32; IN]) -> [u32; OUT] {
     let lane = lane();
     lane.at.set(Some(Location::caller()));
-    lane.payload.set(operands);
+    for (to, operand) in lane.payload.iter().zip(operands) {
+        to.set(operand);
+    }
     lane.wait.set(Wait::Warp(operation));
     suspend(lane);
-    lane.payload.get()
-}
-
-#[inline(always)]
-fn operands<const N: usize>(values: [u32; N]) -> [u32; 10] {
-    let mut operands = [0; 10];
-    operands[..N].copy_from_slice(&values);
-    operands
+    core::array::from_fn(|i| lane.payload[i].get())
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn sync_warp() {
-    together(Operation::Sync, [0; 10]);
+    let [] = together(Operation::Sync, []);
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn shuffle_xor(value: u32, lane_mask: u32) -> u32 {
-    together(Operation::ShuffleXor, operands([value, lane_mask]))[0]
+    let [result] = together(Operation::ShuffleXor, [value, lane_mask]);
+    result
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn shuffle_idx(value: u32, source: u32) -> u32 {
-    together(Operation::ShuffleIdx, operands([value, source]))[0]
+    let [result] = together(Operation::ShuffleIdx, [value, source]);
+    result
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn shuffle_down(value: u32, delta: u32) -> u32 {
-    together(Operation::ShuffleDown, operands([value, delta]))[0]
+    let [result] = together(Operation::ShuffleDown, [value, delta]);
+    result
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn ballot(predicate: bool) -> u32 {
-    together(Operation::Ballot, operands([predicate.into()]))[0]
+    let [result] = together(Operation::Ballot, [predicate.into()]);
+    result
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn butterfly<const WIDTH: u32, const OPERATION: u8>(value: f32) -> f32 {
-    let operation = Operation::Butterfly { width: WIDTH, operation: OPERATION };
-    f32::from_bits(together(operation, operands([value.to_bits()]))[0])
+    let operation = Operation::Butterfly { width: WIDTH as u8, operation: OPERATION };
+    let [result] = together(operation, [value.to_bits()]);
+    f32::from_bits(result)
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn mma_m16n8k16_f16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
     let [c0, c1, c2, c3] = c.map(f32::to_bits);
-    let result = together(Operation::MmaF16, [a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3]);
-    [result[0], result[1], result[2], result[3]].map(f32::from_bits)
+    together(Operation::MmaF16, [a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3]).map(f32::from_bits)
 }
 
 /// # Safety
 /// As [`sync_threads`].
+#[inline(always)]
 #[track_caller]
 pub unsafe fn mma_m16n8k32_s8(a: [u32; 4], b: [u32; 2], c: [i32; 4]) -> [i32; 4] {
     let [c0, c1, c2, c3] = c.map(i32::cast_unsigned);
-    let result = together(Operation::MmaS8, [a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3]);
-    [result[0], result[1], result[2], result[3]].map(u32::cast_signed)
+    together(Operation::MmaS8, [a[0], a[1], a[2], a[3], b[0], b[1], c0, c1, c2, c3]).map(u32::cast_signed)
 }
 
 /// Does an operation of a whole warp: operands out of the payloads, results into them.
 pub(super) fn complete(operation: Operation, lanes: &[Lane]) {
-    let operand: [[u32; 10]; 32] = core::array::from_fn(|l| lanes[l].payload.get());
-    let answer = |values: &dyn Fn(usize) -> u32| {
+    let lanes: &[Lane; 32] = lanes.try_into().expect("a warp that is whole");
+    let operand = |i: usize| -> [u32; 32] { core::array::from_fn(|l| lanes[l].payload[i].get()) };
+    let answer = |value: &dyn Fn(usize) -> u32| {
         for (l, lane) in lanes.iter().enumerate() {
-            let mut payload = operand[l];
-            payload[0] = values(l);
-            lane.payload.set(payload);
+            lane.payload[0].set(value(l));
         }
     };
     match operation {
         Operation::Sync => {}
-        Operation::ShuffleXor => answer(&|l| operand[(l ^ operand[l][1] as usize) & 31][0]),
-        Operation::ShuffleIdx => answer(&|l| operand[operand[l][1] as usize & 31][0]),
-        Operation::ShuffleDown => answer(&|l| {
-            let source = l + (operand[l][1] & 31) as usize;
-            operand[if source < 32 { source } else { l }][0]
-        }),
+        Operation::ShuffleXor => {
+            let (values, masks) = (operand(0), operand(1));
+            answer(&|l| values[(l ^ masks[l] as usize) & 31]);
+        }
+        Operation::ShuffleIdx => {
+            let (values, sources) = (operand(0), operand(1));
+            answer(&|l| values[sources[l] as usize & 31]);
+        }
+        Operation::ShuffleDown => {
+            let (values, deltas) = (operand(0), operand(1));
+            answer(&|l| {
+                let source = l + (deltas[l] & 31) as usize;
+                values[if source < 32 { source } else { l }]
+            });
+        }
         Operation::Ballot => {
-            let votes = (0..32).fold(0, |votes, l| votes | operand[l][0] << l);
+            let votes = operand(0).iter().enumerate().fold(0, |votes, (l, vote)| votes | vote << l);
             answer(&|_| votes);
         }
         Operation::Butterfly { width, operation } => {
-            let mut values: [f32; 32] = core::array::from_fn(|l| f32::from_bits(operand[l][0]));
-            let mut step = width as usize / 2;
-            while step > 0 {
-                let before = values;
-                for (l, value) in values.iter_mut().enumerate() {
-                    let other = before[l ^ step];
-                    *value = if operation == SUM { before[l] + other } else { larger(before[l], other) };
-                }
-                step /= 2;
+            let mut values = operand(0).map(f32::from_bits);
+            // Each step is a constant: of addresses that are known, LLVM makes vectors.
+            let steps: [fn(&mut [f32; 32], u8); 5] =
+                [exchange::<16>, exchange::<8>, exchange::<4>, exchange::<2>, exchange::<1>];
+            for exchange in &steps[(32 / width).ilog2() as usize..] {
+                exchange(&mut values, operation);
             }
             answer(&|l| values[l].to_bits());
         }
-        Operation::MmaF16 => mma_f16(&operand, lanes),
-        Operation::MmaS8 => mma_s8(&operand, lanes),
-        Operation::LoadMatrix { transposed } => load_matrices(&operand, lanes, transposed),
+        Operation::MmaF16 => mma_f16(lanes),
+        Operation::MmaS8 => mma_s8(lanes),
+        Operation::LoadMatrix { transposed } => load_matrices(lanes, transposed),
+    }
+}
+
+/// One step of a butterfly.
+fn exchange<const STEP: usize>(values: &mut [f32; 32], operation: u8) {
+    let before = *values;
+    for (l, value) in values.iter_mut().enumerate() {
+        let other = before[l ^ STEP];
+        *value = if operation == SUM { before[l] + other } else { larger(before[l], other) };
     }
 }
 
@@ -423,59 +451,73 @@ fn halves(pair: u32) -> [f64; 2] {
 }
 
 /// D = A · B + C by the fragment table of [`crate::mma`].
-fn mma_f16(operand: &[[u32; 10]; 32], lanes: &[Lane]) {
-    // Indexed (row, k), (k, column) and (row, column). Products of f16 are exact in f64, and so, nearly always, their sum.
-    let (mut a, mut b, mut d) = ([[0.0f64; 16]; 16], [[0.0f64; 8]; 16], [[0.0f64; 8]; 16]);
-    for (l, operand) in operand.iter().enumerate() {
-        let (g, t) = (l / 4, l % 4);
-        for (register, &pair) in operand[..4].iter().enumerate() {
-            let (row, k) = (g + 8 * (register & 1), 2 * t + 8 * (register >> 1));
-            a[row][k..k + 2].copy_from_slice(&halves(pair));
+fn mma_f16(lanes: &[Lane; 32]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        /// # Safety
+        /// The processor has AVX2.
+        #[target_feature(enable = "avx2")]
+        unsafe fn with_avx2(lanes: &[Lane; 32]) {
+            multiply(lanes);
         }
-        for (register, &pair) in operand[4..6].iter().enumerate() {
-            let k = 2 * t + 8 * register;
-            [b[k][g], b[k + 1][g]] = halves(pair);
-        }
-        for (register, &bits) in operand[6..].iter().enumerate() {
-            d[g + 8 * (register >> 1)][2 * t + (register & 1)] = f32::from_bits(bits).into();
-        }
+        // SAFETY: it has, says the line above.
+        return unsafe { with_avx2(lanes) };
     }
-    // Columns innermost: eight sums at a time instead of one chain of additions.
-    for (a, d) in a.iter().zip(&mut d) {
-        for (a, b) in a.iter().zip(&b) {
-            for (d, b) in d.iter_mut().zip(b) {
-                *d += a * b;
+    multiply(lanes);
+}
+
+/// [`mma_f16`], for any processor that it is inlined for: the same operations in the same order, more or fewer at a time.
+#[inline(always)]
+fn multiply(lanes: &[Lane; 32]) {
+    // Lane 4g + t has elements 2t and 2t + 1 of row g of a quarter of A (quarters are its registers), of column g of a half of
+    // B, and of row g of a half of C. So a register of all lanes is 8 rows, or columns, of 8.
+    let register = |i: usize| -> [[f64; 8]; 8] {
+        core::array::from_fn(|g| {
+            let pairs: [[f64; 2]; 4] = core::array::from_fn(|t| halves(lanes[4 * g + t].payload[i].get()));
+            core::array::from_fn(|k| pairs[k / 2][k % 2])
+        })
+    };
+    // Products of f16 are exact in f64, and so, nearly always, their sum.
+    let (a, b) = ([register(0), register(1), register(2), register(3)], [register(4), register(5)]);
+    let b: [[f64; 8]; 16] = core::array::from_fn(|k| core::array::from_fn(|column| b[k / 8][column][k % 8]));
+    for half in 0..2 {
+        for g in 0..8 {
+            let at = |column: usize| &lanes[4 * g + column / 2].payload;
+            let mut d: [f64; 8] =
+                core::array::from_fn(|column| f32::from_bits(at(column)[6 + 2 * half + column % 2].get()).into());
+            // Columns innermost: eight sums at a time instead of one chain of additions.
+            for (k, b) in b.iter().enumerate() {
+                let a = a[half + 2 * (k / 8)][g][k % 8];
+                for (d, b) in d.iter_mut().zip(b) {
+                    *d += a * b;
+                }
+            }
+            // Its registers of A are taken, and C's of this row.
+            for (column, d) in d.into_iter().enumerate() {
+                at(column)[2 * half + column % 2].set((d as f32).to_bits());
             }
         }
-    }
-    for (l, lane) in lanes.iter().enumerate() {
-        let (g, t) = (l / 4, l % 4);
-        let mut payload = operand[l];
-        for register in 0..4 {
-            payload[register] = (d[g + 8 * (register >> 1)][2 * t + (register & 1)] as f32).to_bits();
-        }
-        lane.payload.set(payload);
     }
 }
 
 /// D = A · B + C by the second fragment table of [`crate::mma`].
-fn mma_s8(operand: &[[u32; 10]; 32], lanes: &[Lane]) {
+fn mma_s8(lanes: &[Lane; 32]) {
     // Indexed (row, k), (k, column) and (row, column).
     let (mut a, mut b, mut d) = ([[0i32; 32]; 16], [[0i32; 8]; 32], [[0i32; 8]; 16]);
     let bytes = |word: u32| word.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
-    for (l, operand) in operand.iter().enumerate() {
+    for (l, lane) in lanes.iter().enumerate() {
         let (g, t) = (l / 4, l % 4);
-        for (register, &word) in operand[..4].iter().enumerate() {
+        for (register, word) in lane.payload[..4].iter().enumerate() {
             let (row, k) = (g + 8 * (register & 1), 4 * t + 16 * (register >> 1));
-            a[row][k..k + 4].copy_from_slice(&bytes(word));
+            a[row][k..k + 4].copy_from_slice(&bytes(word.get()));
         }
-        for (register, &word) in operand[4..6].iter().enumerate() {
-            for (row, byte) in b[4 * t + 16 * register..].iter_mut().zip(bytes(word)) {
+        for (register, word) in lane.payload[4..6].iter().enumerate() {
+            for (row, byte) in b[4 * t + 16 * register..].iter_mut().zip(bytes(word.get())) {
                 row[g] = byte;
             }
         }
-        for (register, &bits) in operand[6..].iter().enumerate() {
-            d[g + 8 * (register >> 1)][2 * t + (register & 1)] = bits.cast_signed();
+        for (register, bits) in lane.payload[6..].iter().enumerate() {
+            d[g + 8 * (register >> 1)][2 * t + (register & 1)] = bits.get().cast_signed();
         }
     }
     for (a, d) in a.iter().zip(&mut d) {
@@ -487,33 +529,29 @@ fn mma_s8(operand: &[[u32; 10]; 32], lanes: &[Lane]) {
     }
     for (l, lane) in lanes.iter().enumerate() {
         let (g, t) = (l / 4, l % 4);
-        let mut payload = operand[l];
-        for register in 0..4 {
-            payload[register] = d[g + 8 * (register >> 1)][2 * t + (register & 1)].cast_unsigned();
+        for (register, to) in lane.payload[..4].iter().enumerate() {
+            to.set(d[g + 8 * (register >> 1)][2 * t + (register & 1)].cast_unsigned());
         }
-        lane.payload.set(payload);
     }
 }
 
-fn load_matrices(operand: &[[u32; 10]; 32], lanes: &[Lane], transposed: bool) {
-    let row_of = |lane: usize| {
-        let address = u64::from(operand[lane][0]) | u64::from(operand[lane][1]) << 32;
+fn load_matrices(lanes: &[Lane; 32], transposed: bool) {
+    let rows: [[u16; 8]; 32] = core::array::from_fn(|l| {
+        let address = u64::from(lanes[l].payload[0].get()) | u64::from(lanes[l].payload[1].get()) << 32;
         // SAFETY: `load_matrix_x4` checked that 16 bytes at this address are inside a shared array.
         unsafe { *(address as *const [u16; 8]) }
-    };
+    });
     for (l, lane) in lanes.iter().enumerate() {
-        let mut payload = operand[l];
-        for (matrix, register) in payload.iter_mut().take(4).enumerate() {
-            let element = |row: usize, column: usize| row_of(8 * matrix + row)[column];
+        for (matrix, register) in lane.payload[..4].iter().enumerate() {
+            let element = |row: usize, column: usize| rows[8 * matrix + row][column];
             let (row, column) = (l / 4, 2 * (l % 4));
             let [low, high] = if transposed {
                 [element(column, row), element(column + 1, row)]
             } else {
                 [element(row, column), element(row, column + 1)]
             };
-            *register = u32::from(low) | u32::from(high) << 16;
+            register.set(u32::from(low) | u32::from(high) << 16);
         }
-        lane.payload.set(payload);
     }
 }
 
@@ -700,11 +738,11 @@ pub unsafe fn shared_store16<T>(base: SharedAddress, i: usize, len: usize, value
 
 /// # Safety
 /// As above.
+#[inline(always)]
 #[track_caller]
 pub unsafe fn load_matrix_x4<T>(base: SharedAddress, i: usize, len: usize, transposed: bool) -> [u32; 4] {
     let address = on_shared::<T>(Access::Read, base, i, 16, len) as u64;
-    let result = together(Operation::LoadMatrix { transposed }, operands([address as u32, (address >> 32) as u32]));
-    [result[0], result[1], result[2], result[3]]
+    together(Operation::LoadMatrix { transposed }, [address as u32, (address >> 32) as u32])
 }
 
 /// # Safety

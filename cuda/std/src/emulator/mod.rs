@@ -14,6 +14,7 @@
 mod block;
 mod fault;
 pub(crate) mod machine;
+mod pool;
 mod shadow;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};

@@ -141,6 +141,8 @@ const FRESH: Cell =
 /// The shadow of one allocation.
 pub(super) struct Shadow {
     base: usize,
+    /// Of shared memory: how many blocks had it, which stands for the launch's number. 0 for other memory.
+    n_blocks: u32,
     state: UnsafeCell<State>,
 }
 
@@ -158,7 +160,23 @@ unsafe impl Send for Shadow {}
 impl Shadow {
     pub fn new(base: usize, bytes: usize) -> Self {
         let state = State { contents: vec![Content::Nothing; bytes.div_ceil(GRAIN)], cells: Vec::new() };
-        Self { base, state: UnsafeCell::new(state) }
+        Self { base, n_blocks: 0, state: UnsafeCell::new(state) }
+    }
+
+    /// From here on it is that of a new block's shared memory, which nothing has written. Accesses of the blocks before
+    /// count as those of earlier launches.
+    pub fn begin_block(&mut self, base: usize, bytes: usize) {
+        self.base = base;
+        let State { contents, cells } = self.state.get_mut();
+        contents.clear();
+        contents.resize(bytes.div_ceil(GRAIN), Content::Nothing);
+        if self.n_blocks == u32::MAX {
+            (self.n_blocks, *cells) = (0, Vec::new());
+        }
+        self.n_blocks += 1;
+        if !cells.is_empty() {
+            cells.resize(contents.len(), FRESH);
+        }
     }
 
     #[expect(clippy::mut_from_ref, reason = "see the SAFETY comment of `Sync`")]
@@ -188,6 +206,7 @@ impl Shadow {
     /// Records an access of the kernel, and says what is wrong with it.
     pub fn record(&self, address: usize, bytes: usize, access: Access, now: Stamp) -> Option<Finding> {
         let state = self.state();
+        let now = if self.n_blocks > 0 { Stamp { launch: self.n_blocks, ..now } } else { now };
         if state.cells.is_empty() {
             state.cells = vec![FRESH; state.contents.len()];
         }

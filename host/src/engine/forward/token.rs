@@ -7,7 +7,7 @@ use super::Model;
 use crate::adapter::{ExpertsSpec, FfnSpec, LayerSpec, LinearSpec, NormSpec};
 use crate::device::View;
 use crate::device::ops::{
-    self, Epilogue, ExpertsMatrix, Norm, Rotation, RouterFinish, RouterParts, TokenExperts, TokenWork,
+    self, Cut, Epilogue, ExpertsMatrix, Norm, Rotation, RouterFinish, RouterParts, TokenExperts, TokenWork,
 };
 use crate::engine::load::{Experts, Matrix};
 use crate::engine::plan::attention_shape;
@@ -92,7 +92,7 @@ impl Model {
                 let (d, d_ff) = (self.spec.d_model, self.spec.d_ff);
                 let is_mxfp4 = [gate.format, up.format, down.format] == [WeightFormat::Mxfp4; 3];
                 let fits = ops::experts_token_fits(*n_expert, *n_used, d, d_ff)
-                    && ops::router_fits(output.linear(), *n_expert, self.stream());
+                    && ops::router_fits(output.linear(), *n_expert, self.cut());
                 let (NormSpec::Rms { gamma, epsilon }, true) =
                     (&layer.ffn_norm, is_mxfp4 && fits && !self.device.prefers_scalars())
                 else {
@@ -103,14 +103,23 @@ impl Model {
                 };
                 // The product that makes x also multiplies its share of it with the router; the experts' first kernel adds
                 // the shares up.
-                let n_parts = ops::router_parts(output.linear(), *n_expert, self.stream());
+                let n_parts = ops::router_parts(output.linear(), *n_expert, self.cut());
                 let parts = self.work.parts.view().part(0..n_parts * (n_expert + 1));
                 let (router_weight, gamma) = (vector(router.weight), vector(*gamma));
                 let router_parts = RouterParts { weight: router_weight, gamma, parts };
                 let bias = layer.attention_output.bias.map(vector);
                 let shares = Some(router_parts);
-                let stream = self.stream();
-                ops::linear_fused(launcher, x, output.linear(), attended, None, bias, Epilogue::Add, shares, stream)?;
+                ops::linear_fused(
+                    launcher,
+                    x,
+                    output.linear(),
+                    attended,
+                    None,
+                    bias,
+                    Epilogue::Add,
+                    shares,
+                    self.cut(),
+                )?;
                 let finish = RouterFinish { parts, gamma, bias: router.bias.map(vector), epsilon: *epsilon };
                 let token = TokenExperts {
                     n_blocks: self.device.multiprocessors(),
@@ -126,9 +135,13 @@ impl Model {
         }
     }
 
-    /// The multiprocessors whose tensor cores take one token's products, if they do.
-    fn stream(&self) -> Option<u32> {
-        (!self.device.prefers_scalars()).then(|| self.device.multiprocessors())
+    /// A few warps for each of the emulator's threads, so that none waits long for the last; blocks for the multiprocessors of a
+    /// GPU.
+    fn cut(&self) -> Cut {
+        match self.device.prefers_scalars() {
+            true => Cut::Warps(4 * self.device.multiprocessors()),
+            false => Cut::Multiprocessors(self.device.multiprocessors()),
+        }
     }
 
     fn product(
@@ -166,18 +179,8 @@ impl Model {
         {
             let normed = self.work.normed.view().part(0..matrix.n_in);
             self.norm(launcher, normed, x, norm)?;
-            return ops::linear_fused(
-                launcher,
-                out,
-                matrix.linear(),
-                normed,
-                None,
-                bias,
-                epilogue,
-                None,
-                self.stream(),
-            );
+            return ops::linear_fused(launcher, out, matrix.linear(), normed, None, bias, epilogue, None, self.cut());
         }
-        ops::linear_fused(launcher, out, matrix.linear(), x, fused, bias, epilogue, None, self.stream())
+        ops::linear_fused(launcher, out, matrix.linear(), x, fused, bias, epilogue, None, self.cut())
     }
 }
