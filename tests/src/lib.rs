@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its device has failed")]
 
+pub mod random_model;
 pub mod write;
 
 use std::env;
