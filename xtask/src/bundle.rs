@@ -28,7 +28,7 @@ pub enum Contents {
 ///
 /// # Errors
 ///
-/// - [`Error::Step`] or [`Error::Program`] if something does not build or cannot be stripped.
+/// - [`Error::Step`] or [`Error::Program`] if something does not build or cannot be stripped or compressed.
 /// - [`Error::Found`] if there is no executable, or the folder is larger than 60 MB.
 pub fn make(what: Contents) -> Result<(), Error> {
     let folder = workspace::root().join("bundle");
@@ -42,6 +42,7 @@ pub fn make(what: Contents) -> Result<(), Error> {
             // Cargo builds a package's programs for its tests.
             tests.retain(|executable| executable.is_test);
             copy_stripped(&tests, &folder.join("tests"))?;
+            pack(&tests, &folder.join("tests"))?;
             copy_stripped(&executables("gamma", "build --release --bin gamma")?, &folder)?;
             // Larger models than a bundle may hold are made where they are measured.
             let targets = "build --release --package gamma-tests --bin random-model";
@@ -111,6 +112,14 @@ fn copy_stripped(executables: &[Executable], folder: &Path) -> Result<(), Error>
     for Executable { name, path, .. } in executables {
         let mut strip = Command::new("strip");
         process::output(strip.arg("-o").arg(folder.join(name)).arg(path), Duration::from_secs(60))?;
+    }
+    Ok(())
+}
+
+/// Replaces the copies in `folder` by compressed ones, half the size; `run.sh` unpacks them.
+fn pack(executables: &[Executable], folder: &Path) -> Result<(), Error> {
+    for Executable { name, .. } in executables {
+        process::output(Command::new("gzip").arg("-n").arg(folder.join(name)), Duration::from_secs(60))?;
     }
     Ok(())
 }
