@@ -1,7 +1,7 @@
 //! GPT-2: the bundled models map in full, and whatever does not fit is refused by name.
 
 use crate::damage::{apply, damage};
-use crate::write::{File, Val, text, texts};
+use gamma_tests::write::{File, Val, text, texts};
 use gpt_gamma::adapter::{
     AttentionSpec, Error, FfnSpec, GptInferenceAdapter, InferenceAdapter, LayerSpec, LinearSpec, ModelSpec, NormSpec,
     QkvSpec, TensorId, detect,

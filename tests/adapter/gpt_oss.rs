@@ -1,7 +1,7 @@
 //! gpt-oss: the bundled model and the published ones map in full, and whatever does not fit is refused by name.
 
 use crate::damage::{apply, damage};
-use crate::write::{File, Val, text, texts};
+use gamma_tests::write::{File, Val, text, texts};
 use gpt_gamma::adapter::{
     AttentionSpec, ClampedSwiGlu, Error, ExpertsSpec, FfnSpec, GptInferenceAdapter, InferenceAdapter, LayerSpec,
     LinearSpec, ModelSpec, NormSpec, QkvSpec, RopeSpec, TensorId, YarnSpec, detect,

@@ -5,5 +5,3 @@ mod damage;
 mod gpt2;
 mod gpt_oss;
 mod rope;
-#[path = "../gguf/write.rs"]
-mod write;

@@ -3,8 +3,8 @@
 use std::fs;
 
 use crate::gamma::{gamma, gamma_with_input};
-use crate::write::{File, Val, text};
 use crate::{model, vocabulary_only};
+use gamma_tests::write::{File, Val, text};
 use gpt_gamma::gguf::TensorType;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;

@@ -13,11 +13,9 @@ mod help;
 mod perplexity;
 mod refusals;
 mod small;
-#[path = "../gguf/write.rs"]
-mod write;
 
+use gamma_tests::write::{File, Val, text};
 use gpt_gamma::gguf::{Metadata, Strings, parse};
-use write::{File, Val, text};
 
 /// A bundled file's path.
 fn model(name: &str) -> String {

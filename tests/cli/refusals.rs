@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::gamma::{gamma, gamma_with_input, generate};
-use crate::write::{File, Val, text, texts};
 use crate::{model, vocabulary_only};
+use gamma_tests::write::{File, Val, text, texts};
 use gpt_gamma::gguf::TensorType;
 
 /// Writes `bytes` where they are gone after the test.

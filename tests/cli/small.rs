@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::bundled_metadata;
-use crate::write::{File, Val, text};
+use gamma_tests::write::{File, Val, text};
 use gpt_gamma::gguf::{Strings, TensorType};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};

@@ -1,6 +1,6 @@
 //! How much parsing allocates, counted by the allocator of this test target.
 
-use crate::write::{File, Val, texts};
+use gamma_tests::write::{File, Val, texts};
 use gpt_gamma::gguf::{Error, TensorType, parse};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;

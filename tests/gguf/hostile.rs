@@ -1,7 +1,7 @@
 //! Valid files, broken at random: every one is refused or read, none of them ends the process.
 
 use crate::damage::{Damage, HOSTILE, apply, damage};
-use crate::write::{File, Val, text, texts};
+use gamma_tests::write::{File, Val, text, texts};
 use gpt_gamma::gguf::{Array, Directory, Strings, TensorType, Value, decode, parse};
 use proptest::prelude::*;
 

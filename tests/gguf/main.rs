@@ -7,4 +7,3 @@ mod hostile;
 mod metadata;
 mod model_file;
 mod parse;
-mod write;

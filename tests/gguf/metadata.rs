@@ -1,6 +1,6 @@
 //! Look-ups: what stands for what, and what errors say.
 
-use crate::write::{File, Val, text, texts};
+use gamma_tests::write::{File, Val, text, texts};
 use gpt_gamma::gguf::{Metadata, MetadataError, Strings, Value, ValueKind, ValueType, parse};
 
 fn metadata(file: File) -> Metadata {

@@ -1,6 +1,6 @@
 //! Files to models: single files, shards, and all that is no model.
 
-use crate::write::{File, Val, text};
+use gamma_tests::write::{File, Val, text};
 use gpt_gamma::gguf::{self, ShardName, Split, TensorType, decode};
 use gpt_gamma::model_file::{Error, ModelFile};
 use std::error::Error as _;

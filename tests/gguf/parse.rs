@@ -1,6 +1,6 @@
 //! What the parser accepts, and every single reason for which it refuses.
 
-use crate::write::{File, Val, text};
+use gamma_tests::write::{File, Val, text};
 use gpt_gamma::gguf::{Error, MAX_KEYS, MAX_TENSORS, Split, TensorType, ValueKind, ValueType, parse};
 
 #[track_caller]

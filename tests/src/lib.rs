@@ -1,9 +1,12 @@
-//! What the kernel and model tests share: devices to run on, data, comparison.
+//! What the tests share: devices to run on, data, comparison, files.
 //!
 //! Every test runs in the checked emulator in two orders of threads. With `GAMMA_TEST_DEVICE=cuda` it runs on the GPU
 //! instead, and fails where there is none; `GAMMA_PTX=sm_80` or `sm_90a` forces a PTX build.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its device has failed")]
+
+pub mod random_model;
+pub mod write;
 
 use std::env;
 use std::path::PathBuf;

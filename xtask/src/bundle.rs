@@ -18,7 +18,7 @@ const RUN: &str = include_str!("bundle.sh");
 /// What to gather: both together are larger than such a folder may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contents {
-    /// Kernel and model tests, their models, and `gamma`.
+    /// Kernel and model tests, their models, `gamma`, and `random-model`.
     Tests,
     /// Benches, and the models that those of the engine time.
     Benches,
@@ -28,7 +28,7 @@ pub enum Contents {
 ///
 /// # Errors
 ///
-/// - [`Error::Step`] or [`Error::Program`] if something does not build or cannot be stripped.
+/// - [`Error::Step`] or [`Error::Program`] if something does not build or cannot be stripped or compressed.
 /// - [`Error::Found`] if there is no executable, or the folder is larger than 60 MB.
 pub fn make(what: Contents) -> Result<(), Error> {
     let folder = workspace::root().join("bundle");
@@ -38,9 +38,15 @@ pub fn make(what: Contents) -> Result<(), Error> {
     let executables = match what {
         Contents::Tests => {
             let targets = "test --release --no-run --package gamma-tests --test kernels --test models";
-            let tests = executables("tests", targets)?;
+            let mut tests = executables("tests", targets)?;
+            // Cargo builds a package's programs for its tests.
+            tests.retain(|executable| executable.is_test);
             copy_stripped(&tests, &folder.join("tests"))?;
+            pack(&tests, &folder.join("tests"))?;
             copy_stripped(&executables("gamma", "build --release --bin gamma")?, &folder)?;
+            // Larger models than a bundle may hold are made where they are measured.
+            let targets = "build --release --package gamma-tests --bin random-model";
+            copy_stripped(&executables("random-model", targets)?, &folder)?;
             copy_models(&folder.join("models"), is_wanted_model)?;
             tests
         }
@@ -71,6 +77,8 @@ pub fn make(what: Contents) -> Result<(), Error> {
 /// An executable and the name of its cargo target.
 struct Executable {
     name: String,
+    /// A test or a program.
+    is_test: bool,
     path: PathBuf,
 }
 
@@ -95,15 +103,23 @@ fn executable(message: &str) -> Option<Executable> {
     }
     let (name, path) = (message["target"]["name"].as_str()?, message["executable"].as_str()?);
     // The unit tests of a package's library have nothing to do on a GPU.
-    let is_library = message["target"]["kind"].as_array()?.iter().any(|kind| kind == "lib");
-    (!is_library).then(|| Executable { name: name.to_owned(), path: path.into() })
+    let is = |wanted| message["target"]["kind"].as_array().is_some_and(|kinds| kinds.iter().any(|kind| kind == wanted));
+    (!is("lib")).then(|| Executable { name: name.to_owned(), is_test: is("test"), path: path.into() })
 }
 
 fn copy_stripped(executables: &[Executable], folder: &Path) -> Result<(), Error> {
     fs::create_dir_all(folder).map_err(at(folder))?;
-    for Executable { name, path } in executables {
+    for Executable { name, path, .. } in executables {
         let mut strip = Command::new("strip");
         process::output(strip.arg("-o").arg(folder.join(name)).arg(path), Duration::from_secs(60))?;
+    }
+    Ok(())
+}
+
+/// Replaces the copies in `folder` by compressed ones, half the size; `run.sh` unpacks them.
+fn pack(executables: &[Executable], folder: &Path) -> Result<(), Error> {
+    for Executable { name, .. } in executables {
+        process::output(Command::new("gzip").arg("-n").arg(folder.join(name)), Duration::from_secs(60))?;
     }
     Ok(())
 }
@@ -157,7 +173,8 @@ mod tests {
             )
         };
         let found = executable(&message("test", r#""/t/gguf-0123""#)).expect("it is an executable");
-        assert_eq!((found.name.as_str(), found.path), ("gguf", PathBuf::from("/t/gguf-0123")));
+        assert_eq!((found.name.as_str(), found.is_test, found.path), ("gguf", true, PathBuf::from("/t/gguf-0123")));
+        assert!(!executable(&message("bin", r#""/t/gamma""#)).expect("it is an executable").is_test);
         for other in [message("test", "null"), message("lib", r#""/t/x""#), r#"{"reason":"build-finished"}"#.into()] {
             assert!(executable(&other).is_none(), "{other}");
         }

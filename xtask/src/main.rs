@@ -1,7 +1,7 @@
-//! The project's chores: `cargo xtask setup | run | test | audit | bundle | plot`.
+//! The project's chores: `cargo xtask setup | run | test | audit | bundle | plot | random-model`.
 //!
 //! Progress and errors go to standard error; standard output carries tables and what `run` runs. Exit 0: done; 1: a
-//! step failed; 2: wrong usage; `run` passes on its program's.
+//! step failed; 2: wrong usage; `run` and `random-model` pass on their program's.
 
 mod audit;
 mod bundle;
@@ -29,6 +29,9 @@ USAGE:
   cargo xtask audit [--bless]    assemble the PTX and compare it with docs/; --bless writes docs/ anew
   cargo xtask bundle [--benches] gather tests, models and gamma, or the benches, for a GPU host without Rust
   cargo xtask plot               draw what benches/record/ holds, as SVG beside it
+  cargo xtask random-model SHAPE OUT.gguf [--layers N] [--seed N]
+                                 write a published model's shapes and types with random weights; SHAPE is gpt2,
+                                 gpt2-medium, gpt2-large, gpt2-xl or gpt-oss-20b
 ";
 
 fn main() -> ExitCode {
@@ -53,6 +56,7 @@ enum Task {
     Audit { bless: bool },
     Bundle { what: bundle::Contents },
     Plot,
+    RandomModel { arguments: Vec<OsString> },
 }
 
 impl Task {
@@ -65,7 +69,7 @@ impl Task {
             }
             Task::Run { arguments } => {
                 core_source::setup()?;
-                return workspace::run_gamma(arguments);
+                return workspace::run("gpt-gamma", "gamma", arguments);
             }
             Task::Test { quick } => checks::run(quick)?,
             Task::Audit { bless } => {
@@ -79,6 +83,10 @@ impl Task {
                 bundle::make(what)?;
             }
             Task::Plot => plot::draw_records(&workspace::root().join("benches/record"))?,
+            Task::RandomModel { arguments } => {
+                core_source::setup()?;
+                return workspace::run("gamma-tests", "random-model", arguments);
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -89,7 +97,8 @@ fn parse(mut parser: Parser) -> Result<Task, lexopt::Error> {
         None | Some(Arg::Short('h') | Arg::Long("help")) => return Ok(Task::Help),
         Some(Arg::Value(name)) => match name.to_str() {
             Some("setup") => Task::Setup,
-            Some("run") => return run_arguments(parser).map(|arguments| Task::Run { arguments }),
+            Some("run") => return passed_on(parser).map(|arguments| Task::Run { arguments }),
+            Some("random-model") => return passed_on(parser).map(|arguments| Task::RandomModel { arguments }),
             Some("test") => Task::Test { quick: false },
             Some("audit") => Task::Audit { bless: false },
             Some("plot") => Task::Plot,
@@ -110,8 +119,8 @@ fn parse(mut parser: Parser) -> Result<Task, lexopt::Error> {
     Ok(task)
 }
 
-/// Everything after `run`, less a `--` in front.
-fn run_arguments(mut parser: Parser) -> Result<Vec<OsString>, lexopt::Error> {
+/// Everything after the task, less a `--` in front.
+fn passed_on(mut parser: Parser) -> Result<Vec<OsString>, lexopt::Error> {
     let mut arguments: Vec<OsString> = parser.raw_args()?.collect();
     if arguments.first().is_some_and(|first| first == "--") {
         arguments.remove(0);
@@ -131,6 +140,15 @@ mod tests {
             };
             assert_eq!(arguments, ["-p", "--", "text"]);
         }
+    }
+
+    #[test]
+    fn random_model_checks_its_arguments_itself() {
+        let line = ["random-model", "gpt2", "--help", "--layers", "x"];
+        let Ok(Task::RandomModel { arguments }) = parse(Parser::from_args(line)) else {
+            panic!("{line:?} is not taken as random-model");
+        };
+        assert_eq!(arguments, line[1..]);
     }
 
     #[test]

@@ -62,17 +62,17 @@ pub fn build() -> Result<(), Error> {
     process::step("build", &mut cargo("build --workspace"))
 }
 
-/// Builds gamma in release and becomes it; returns only if it cannot be started.
+/// Builds `program` of `package` in release and becomes it; returns only if it cannot be started.
 ///
 /// # Errors
 ///
 /// [`Error::Step`] if it does not build, [`Error::Program`] if it does not start.
-pub fn run_gamma(arguments: Vec<OsString>) -> Result<ExitCode, Error> {
+pub fn run(package: &str, program: &str, arguments: Vec<OsString>) -> Result<ExitCode, Error> {
     use std::os::unix::process::CommandExt;
-    process::step("build", &mut cargo("build --release --bin gamma"))?;
+    process::step("build", &mut cargo(&format!("build --release --package {package} --bin {program}")))?;
     // Replacing this process passes on exit codes, signals and terminal as they are. The working directory stays the
     // user's, so that relative paths mean what they say.
-    let mut command = Command::new(target().join("release/gamma"));
+    let mut command = Command::new(target().join("release").join(program));
     let error = command.args(arguments).exec();
     Err(Error::Program { command: process::shown(&command), reason: error.to_string() })
 }

@@ -1,11 +1,12 @@
-//! Writes small GGUF files for tests, broken ones included: every field can be set to what no writer would write.
+//! Writes GGUF files, broken ones included: every field can be set to what no writer would write.
 
-#![allow(dead_code, reason = "each test target uses its own part")]
+use std::ops::Range;
 
 use gpt_gamma::gguf::TensorType;
 
 /// A value of a metadata key.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "GGUF's own types")]
 pub enum Val {
     U8(u8),
     I8(i8),
@@ -25,15 +26,18 @@ pub enum Val {
     Raw(u32, Vec<u8>),
 }
 
+/// A string.
 pub fn text(text: &str) -> Val {
     Val::Str(text.into())
 }
 
+/// An array of strings.
 pub fn texts<'a>(texts: impl IntoIterator<Item = &'a str>) -> Val {
     Val::Array(8, texts.into_iter().map(text).collect())
 }
 
 impl Val {
+    /// The number of its type.
     pub fn type_id(&self) -> u32 {
         match self {
             Val::U8(_) => 0,
@@ -80,8 +84,11 @@ impl Val {
 /// A tensor info, and how much data stands behind it.
 #[derive(Debug, Clone)]
 pub struct Tensor {
+    /// UTF-8 in a sound file.
     pub name: Vec<u8>,
+    /// Fastest first.
     pub dims: Vec<u64>,
+    /// The type's number.
     pub ty: u32,
     /// Where the data starts, from the start of all data; `None`: after the tensor before.
     pub offset: Option<u64>,
@@ -90,19 +97,24 @@ pub struct Tensor {
 /// A file to be written.
 #[derive(Debug, Clone)]
 pub struct File {
+    /// `GGUF` in a sound file.
     pub magic: [u8; 4],
+    /// 2 or 3 in a sound file.
     pub version: u32,
     /// What the header says, where it shall lie.
     pub n_tensors: Option<u64>,
+    /// As `n_tensors`.
     pub n_keys: Option<u64>,
+    /// Keys and their values.
     pub keys: Vec<(Vec<u8>, Val)>,
+    /// In the order of their infos.
     pub tensors: Vec<Tensor>,
     /// The alignment in use, whatever `general.alignment` says.
     pub alignment: usize,
 }
 
-impl File {
-    pub fn new() -> Self {
+impl Default for File {
+    fn default() -> Self {
         Self {
             magic: *b"GGUF",
             version: 3,
@@ -113,7 +125,15 @@ impl File {
             alignment: 32,
         }
     }
+}
 
+impl File {
+    /// Version 3, without keys and tensors.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One more key.
     pub fn key(mut self, key: impl Into<Vec<u8>>, value: Val) -> Self {
         self.keys.push((key.into(), value));
         self
@@ -142,18 +162,26 @@ impl File {
             out.extend(value.type_id().to_le_bytes());
             value.write(&mut out);
         }
-        let mut next = 0;
-        for tensor in &self.tensors {
+        for (tensor, place) in self.tensors.iter().zip(self.places()) {
             string(&mut out, &tensor.name);
             out.extend((tensor.dims.len() as u32).to_le_bytes());
             tensor.dims.iter().for_each(|dim| out.extend(dim.to_le_bytes()));
             out.extend(tensor.ty.to_le_bytes());
-            let offset = tensor.offset.unwrap_or(next);
-            out.extend(offset.to_le_bytes());
-            let end = offset.saturating_add(self.n_bytes(tensor));
-            next = end.checked_next_multiple_of(self.alignment as u64).unwrap_or(0);
+            out.extend(place.start.to_le_bytes());
         }
         out
+    }
+
+    /// Where each tensor's data lies, from the start of all data, which is the first multiple of the alignment after the head.
+    pub fn places(&self) -> Vec<Range<u64>> {
+        let mut next = 0;
+        let place = |tensor: &Tensor| {
+            let start = tensor.offset.unwrap_or(next);
+            let end = start.saturating_add(n_bytes(tensor));
+            next = end.checked_next_multiple_of(self.alignment as u64).unwrap_or(0);
+            start..end
+        };
+        self.tensors.iter().map(place).collect()
     }
 
     /// The whole file: the head, and data that counts up, as far as the last tensor reaches.
@@ -163,21 +191,16 @@ impl File {
             return out;
         }
         out.resize(out.len().next_multiple_of(self.alignment), 0);
-        let (mut next, mut end) = (0, 0);
-        for tensor in &self.tensors {
-            let offset = tensor.offset.unwrap_or(next);
-            end = end.max(offset + self.n_bytes(tensor));
-            next = (offset + self.n_bytes(tensor)).next_multiple_of(self.alignment as u64);
-        }
+        let end = self.places().into_iter().map(|place| place.end).max().unwrap_or(0);
         out.extend((0..end).map(|i| i as u8));
         out
     }
+}
 
-    fn n_bytes(&self, tensor: &Tensor) -> u64 {
-        let n_elements = tensor.dims.iter().fold(1_u64, |n, &dim| n.saturating_mul(dim));
-        let n_blocks = |ty: TensorType| n_elements / ty.block_len() as u64;
-        TensorType::from_id(tensor.ty).map_or(0, |ty| n_blocks(ty).saturating_mul(ty.block_bytes() as u64))
-    }
+fn n_bytes(tensor: &Tensor) -> u64 {
+    let n_elements = tensor.dims.iter().fold(1_u64, |n, &dim| n.saturating_mul(dim));
+    let n_blocks = |ty: TensorType| n_elements / ty.block_len() as u64;
+    TensorType::from_id(tensor.ty).map_or(0, |ty| n_blocks(ty).saturating_mul(ty.block_bytes() as u64))
 }
 
 fn string(out: &mut Vec<u8>, bytes: &[u8]) {
