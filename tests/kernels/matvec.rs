@@ -324,7 +324,7 @@ fn check_router(weight: &Matrix, n_expert: usize) {
     let squares: f64 = expected.iter().map(|y| y * y).sum();
 
     let n_parts = n_parts(n_in as u32, n_out as u32) as usize;
-    assert_eq!(launch(n_in as u32, n_out as u32).grid, [n_parts as u32, 1, 1]);
+    assert_eq!(launch(weight.format(), n_in as u32, n_out as u32).grid, [n_parts as u32, 1, 1]);
     for device in devices() {
         let (out, packed) = (device.upload(&before), weight.upload(&device));
         let parts = device.poisoned::<f32>(n_parts * (n_expert + 1));

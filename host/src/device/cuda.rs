@@ -109,8 +109,9 @@ pub struct Cuda {
 struct Inner {
     /// Whether kernels may be launched before those ahead of them have ended.
     programmatic: bool,
-    // Dropped in this order: modules and the stream belong to the context.
+    // Dropped in this order: modules, memory and the stream belong to the context.
     kernels: Kernels,
+    letters: Mutex<Letters>,
     stream: Stream,
     context: Context,
     last_kernel: Mutex<&'static str>,
@@ -144,6 +145,18 @@ impl Inner {
     fn synchronize(&self, call: &'static str) -> Result<(), Error> {
         self.run(call, || Ok(self.stream.synchronize()?))
     }
+}
+
+/// Most bytes of a copy that goes by [`Letters`].
+const LETTER_BYTES: usize = 4096;
+/// Where the one coming from the device lies, behind those going there.
+const REPLY: usize = 60 * 1024;
+
+/// Page-locked memory for small copies: a token's id and position. Without it each costs a wait on its own.
+struct Letters {
+    memory: PinnedBuffer<u8>,
+    /// Bytes of the first [`REPLY`] that copies may still be reading: since the stream was last waited for.
+    in_use: usize,
 }
 
 /// The kernels of a build, each a module of its own that is compiled when it is first needed: the driver takes up to a fifth of a
@@ -297,9 +310,10 @@ impl Cuda {
             let programmatic = allowed && ptx == PtxBuild::Sm90a;
             let shared = device.get_attribute(DeviceAttribute::MaxSharedMemoryPerMultiprocessor)?;
             let kernels = Kernels::of(ptx.text(), programmatic.then_some(shared as u32));
+            let letters = Mutex::new(Letters { memory: PinnedBuffer::zeroed(REPLY + LETTER_BYTES)?, in_use: 0 });
             let (free, total) = cuda_loader::memory_info()?;
             let last_kernel = Mutex::new("none");
-            Ok((Inner { programmatic, kernels, stream, context, last_kernel }, (total - free) as u64))
+            Ok((Inner { programmatic, kernels, letters, stream, context, last_kernel }, (total - free) as u64))
         };
         let (inner, before) = load().map_err(failed("opening the context"))?;
         let (limit, used) = (options.vram_limit.unwrap_or(u64::MAX), AtomicU64::new(0));
@@ -436,6 +450,19 @@ impl Device for Cuda {
 
     fn copy_to_device(&self, address: u64, from: &[u8]) -> Result<(), Error> {
         let inner = &self.inner;
+        if from.len() <= LETTER_BYTES {
+            let mut letters = inner.letters.lock().expect("no panic under this lock");
+            if letters.in_use + from.len() > REPLY {
+                inner.synchronize("copy to the device")?;
+                letters.in_use = 0;
+            }
+            let place = letters.in_use..letters.in_use + from.len();
+            letters.in_use = place.end;
+            let letter = &mut letters.memory[place];
+            letter.copy_from_slice(from);
+            // SAFETY: nobody writes there before the stream has been waited for.
+            return inner.run("copy to the device", || unsafe { copy_to_device_async(address, letter, &inner.stream) });
+        }
         // SAFETY: `from` is not touched before the synchronization below.
         inner.run("copy to the device", || unsafe { copy_to_device_async(address, from, &inner.stream) })?;
         inner.synchronize("copy to the device")
@@ -453,6 +480,16 @@ impl Device for Cuda {
 
     fn copy_to_host(&self, address: u64, to: &mut [u8]) -> Result<(), Error> {
         let inner = &self.inner;
+        if to.len() <= LETTER_BYTES {
+            let mut letters = inner.letters.lock().expect("no panic under this lock");
+            let letter = &mut letters.memory[REPLY..REPLY + to.len()];
+            // SAFETY: `letter` is not touched before the synchronization below.
+            inner.run("copy to the host", || unsafe { copy_to_host_async(letter, address, &inner.stream) })?;
+            inner.synchronize("copy to the host")?;
+            to.copy_from_slice(letter);
+            letters.in_use = 0;
+            return Ok(());
+        }
         // SAFETY: `to` is not touched before the synchronization below.
         inner.run("copy to the host", || unsafe { copy_to_host_async(to, address, &inner.stream) })?;
         inner.synchronize("copy to the host")

@@ -32,6 +32,9 @@ const THREADS: u32 = 384;
 /// The most blocks: two on each SM of an H100. With one, half as many weights are under way when the wait ends.
 #[cfg(not(target_arch = "nvptx64"))]
 const BLOCKS: u32 = 264;
+/// The least: so many bring 768 elements of `x` in one round.
+#[cfg(not(target_arch = "nvptx64"))]
+const LEAST_THREADS: u32 = 64;
 /// Elements of `x` in shared memory at a time; a longer one comes in parts.
 pub const PART: u32 = 6400;
 /// Floats from one group of `x` to the next in shared memory: 4 more than it has, so that 8 lanes which load 16 bytes each
@@ -53,15 +56,14 @@ const fn rows_per_block(n_in: u32, n_out: u32) -> u32 {
 
 /// The geometry the kernels of this file are started with. Any will do whose blocks of 32 to 384 threads, a multiple of 32,
 /// cover the rows, `n_rows` each.
+///
+/// As many threads as have the same number of items each: those that have none would only take registers that the next
+/// grid could start in.
 #[cfg(not(target_arch = "nvptx64"))]
-pub const fn launch(n_in: u32, n_out: u32) -> Launch {
-    let n_groups = rows_per_block(n_in, n_out) * (n_in / GROUP);
-    let threads = match n_groups {
-        ..=128 => 128,
-        129..=256 => 256,
-        _ => THREADS,
-    };
-    Launch::linear(n_parts(n_in, n_out), threads)
+pub const fn launch(format: WeightFormat, n_in: u32, n_out: u32) -> Launch {
+    let n_items = rows_per_block(n_in, n_out).div_ceil(rows_at_once(format)) * (n_in / GROUP);
+    let n_threads = n_items.div_ceil(n_items.div_ceil(THREADS)).next_multiple_of(WARP_SIZE);
+    Launch::linear(n_parts(n_in, n_out), if n_threads < LEAST_THREADS { LEAST_THREADS } else { n_threads })
 }
 
 /// The blocks of [`launch`], and so the rows of `parts`.
@@ -107,7 +109,7 @@ macro_rules! kernels {
             /// - Shapes: `out`: `[n_out]`; `weight`: `[n_out, n_in]` in its format's planes; `x`, `gamma`, `beta`: `[n_in]`,
             ///   from multiples of 16 bytes on, `gamma` and `beta` or empty; `bias`: `[n_out]`, or empty. `epilogue`:
             ///   [`STORE`], [`ADD`], [`GELU_ERF`], [`GELU_TANH`].
-            /// - Launch: [`launch`]`(n_in, n_out)`, `n_rows` rows a block. See the module.
+            /// - Launch: [`launch`]`(format, n_in, n_out)`, `n_rows` rows a block. See the module.
             /// - Shared memory: 47.1 KiB, the ring, up to 6400 elements of `x`, sums for norms; a barrier for `x` (three with
             ///   `beta`), one when the run ends, two each time the ring is full.
             /// - Cost: memory bound, the bytes of `weight`.
@@ -147,7 +149,7 @@ macro_rules! kernels {
             ///   `parts[b, e] = Σ router[e, o] · router_gamma[o] · out[o]` and `parts[b, n_expert] = Σ out[o]²`.
             /// - Shapes: as there; `router`: `[n_expert, n_out]`, `router_gamma`: `[n_out]`; `parts`:
             ///   `[n_parts, n_expert + 1]`, [`n_parts`]`(n_in, n_out)`.
-            /// - Launch: [`launch`]`(n_in, n_out)`, `n_rows` rows a block.
+            /// - Launch: [`launch`]`(format, n_in, n_out)`, `n_rows` rows a block.
             /// - Shared memory: as there, with the router's weights of the block's rows; one barrier more.
             /// - Cost: memory bound, the bytes of `weight` and `router`.
             /// - Determinism: f32 sums in one order, that of the geometry; devices contract `a · b + c`.
@@ -180,6 +182,14 @@ macro_rules! kernels {
             }
         )+
 
+        /// Rows that a thread multiplies together.
+        #[cfg(not(target_arch = "nvptx64"))]
+        const fn rows_at_once(format: WeightFormat) -> u32 {
+            match format {
+                $(WeightFormat::$format => $rows),+
+            }
+        }
+
         /// The kernels of this file.
         #[cfg(not(target_arch = "nvptx64"))]
         pub const ENTRIES: &[&Entry] = &[$($name::ENTRY, $router_name::ENTRY),+];
@@ -209,7 +219,7 @@ macro_rules! kernels {
             n_out: u32,
             epilogue: u32,
         ) -> Result<(), LaunchError> {
-            let geometry = (launch(n_in, n_out), rows_per_block(n_in, n_out));
+            let geometry = (launch(format, n_in, n_out), rows_per_block(n_in, n_out));
             // SAFETY: the caller's promise.
             unsafe {
                 run_in(geometry, format, launcher, out, weight, x, gamma, beta, bias, epsilon, n_in, n_out, epilogue)
@@ -279,7 +289,7 @@ macro_rules! kernels {
             n_out: u32,
             n_expert: u32,
         ) -> Result<(), LaunchError> {
-            let (launch, n_rows) = (launch(n_in, n_out), rows_per_block(n_in, n_out));
+            let (launch, n_rows) = (launch(format, n_in, n_out), rows_per_block(n_in, n_out));
             // SAFETY: the caller's promise.
             unsafe {
                 match format {
