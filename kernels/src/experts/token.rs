@@ -185,45 +185,59 @@ pub unsafe fn experts_token_gate_up_mxfp4(
         let first = (first_tile + tile - slot * tiles_per_slot) * ROWS;
         (slot, expert, first)
     };
-    // The next run to be asked for, and where this lane's share of its quants and scales is.
-    let mut ahead = Ahead { unit: first, tile: first / n_runs, run: first % n_runs, quants: 0, scales: 0 };
     // Eight lanes copy scales of `gate`, a word each, and eight of `up`.
     let (scales_of, scale_word) = (if lane < ROWS { gate } else { up }, lane % ROWS);
-    let place = |ahead: &mut Ahead| {
+    let place = |ahead: Ahead| {
         let (_, expert, first) = place_of(ahead.tile);
-        let (base, before) = (expert as usize * planes.end, first as usize * n_groups as usize);
-        ahead.quants = base + 16 * before + (ahead.run * RUN_BYTES + 16 * lane) as usize;
-        ahead.scales = base + planes.scales + before + (ahead.run * RUN_SCALES + 4 * scale_word) as usize;
+        let before = first * n_groups;
+        // SAFETY: the expert exists.
+        let matrix = |of: Global<u8>| unsafe { of.row_unchecked(expert as usize, planes.end) };
+        Ahead {
+            gate: matrix(gate),
+            up: matrix(up),
+            scales: matrix(scales_of),
+            quants_at: 16 * before + ahead.run * RUN_BYTES + 16 * lane,
+            scales_at: planes.scales as u32 + before + ahead.run * RUN_SCALES + 4 * scale_word,
+            ..ahead
+        }
+    };
+    // Of a run that is not whole, eight lanes copy for each of its groups, and two words of scales.
+    let has_scales = lane < 2 * ROWS;
+    let copy = |ahead: &Ahead, quants: bool, scales: bool| {
+        let to = (ring + ahead.unit % DEPTH * GATE_UP_STAGE) as usize;
+        // SAFETY: the bytes exist, and the stage has been read.
+        unsafe {
+            if quants {
+                let (to, from) = (to + 16 * lane as usize, ahead.quants_at as usize);
+                dynamic.copy_async(to, ahead.gate, from, true);
+                dynamic.copy_async(to + RUN_BYTES as usize, ahead.up, from, true);
+            }
+            if scales {
+                let to = to + (STAGE_BYTES + 4 * lane) as usize;
+                dynamic.copy_async4(to, ahead.scales, ahead.scales_at as usize, true);
+            }
+        }
     };
     let issue = |ahead: &mut Ahead| {
         if ahead.unit < end {
-            let to = (ring + ahead.unit % DEPTH * GATE_UP_STAGE) as usize;
-            // Of a last run that is not whole, eight lanes copy for each of its groups, and two words of scales.
-            let width = if ahead.run < whole { RUN } else { left };
-            // SAFETY: the bytes exist, and the stage has been read.
-            unsafe {
-                if lane < ROWS * width {
-                    let to = to + 16 * lane as usize;
-                    dynamic.copy_async(to, gate, ahead.quants, true);
-                    dynamic.copy_async(to + RUN_BYTES as usize, up, ahead.quants, true);
-                }
-                if lane < 2 * ROWS && scale_word < ROWS / 4 * width {
-                    dynamic.copy_async4(to + (STAGE_BYTES + 4 * lane) as usize, scales_of, ahead.scales, true);
-                }
+            if ahead.run < whole {
+                copy(ahead, true, has_scales);
+            } else {
+                copy(ahead, lane < ROWS * left, has_scales && scale_word < ROWS / 4 * left);
             }
             (ahead.unit, ahead.run) = (ahead.unit + 1, ahead.run + 1);
-            (ahead.quants, ahead.scales) = (ahead.quants + RUN_BYTES as usize, ahead.scales + RUN_SCALES as usize);
+            (ahead.quants_at, ahead.scales_at) = (ahead.quants_at + RUN_BYTES, ahead.scales_at + RUN_SCALES);
             if ahead.run == n_runs && ahead.unit < end {
-                (ahead.tile, ahead.run) = (ahead.tile + 1, 0);
-                place(ahead);
+                *ahead = place(Ahead { tile: ahead.tile + 1, run: 0, ..*ahead });
             }
         }
         cp_async::commit();
     };
-    if first < end {
-        place(&mut ahead);
-    }
-    let mut i = 0;
+    let (tile, run) = (first / n_runs, first % n_runs);
+    let ahead = Ahead { unit: first, tile, run, gate, up, scales: scales_of, quants_at: 0, scales_at: 0 };
+    let mut ahead = if first < end { place(ahead) } else { ahead };
+    // One stage is left free: while it is filled, all read the one before.
+    let mut i = 1;
     while i < DEPTH {
         issue(&mut ahead);
         i += 1;
@@ -273,31 +287,30 @@ pub unsafe fn experts_token_gate_up_mxfp4(
             sums[1] += scale_of(scales[1]) * (products[1] * CODE_UNIT);
         };
         while unit < stop {
-            cp_async::wait::<{ DEPTH - 1 }>();
+            cp_async::wait::<{ DEPTH - 2 }>();
             let at = ring + unit % DEPTH * GATE_UP_STAGE;
             // SAFETY: the warp's copies have landed, and x is there.
             unsafe {
-                warp::sync(); // Scales are read that other lanes have copied.
+                // Scales are read that other lanes have copied; and all have read the stage that is filled next.
+                warp::sync();
+                issue(&mut ahead);
                 let words = own_words(dynamic, at + 16 * lane);
                 let scale = (at + STAGE_BYTES + lane) as usize;
                 let scales = [dynamic.read(scale), dynamic.read(scale + RUN_SCALES as usize)];
-                warp::sync(); // Nor are they overwritten before all have read them.
-                issue(&mut ahead);
                 add(words, scales, x_of(x_at));
             }
             (unit, x_at) = (unit + 1, x_at + 16 * RUN);
         }
         if unit < stop_short {
-            cp_async::wait::<{ DEPTH - 1 }>();
+            cp_async::wait::<{ DEPTH - 2 }>();
             let at = ring + unit % DEPTH * GATE_UP_STAGE;
             // SAFETY: as above.
             unsafe {
                 warp::sync();
+                issue(&mut ahead);
                 let words = short_words(dynamic, at, left);
                 let scale = (at + STAGE_BYTES + g * left + t.min(left - 1)) as usize;
                 let scales = [dynamic.read(scale), dynamic.read(scale + RUN_SCALES as usize)];
-                warp::sync();
-                issue(&mut ahead);
                 // Past the last group weights are 0, and so is x.
                 add(words, scales, x_of(x_at));
             }
@@ -353,9 +366,13 @@ struct Ahead {
     unit: u32,
     tile: u32,
     run: u32,
-    /// First byte of this lane's quants, and of the run's scales.
-    quants: usize,
-    scales: usize,
+    /// The tile's expert, and the one of the two of which this lane copies scales.
+    gate: Global<u8>,
+    up: Global<u8>,
+    scales: Global<u8>,
+    /// First byte there of this lane's quants, and of its scales.
+    quants_at: u32,
+    scales_at: u32,
 }
 
 /// The second half of a token's experts, of type MXFP4, weighted and added up.
