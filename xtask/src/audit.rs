@@ -4,7 +4,7 @@
 //! Why the counts: rustc may copy a barrier or a shuffle into both sides of a divergent branch. The flags of
 //! `cuda_builder` forbid it, and a count that changed is how one would learn that they no longer do.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::PathBuf;
@@ -150,23 +150,29 @@ fn counts_document(modules: &[(&str, Module)]) -> String {
 
 /// `docs/ffi-interface-locked.md`, or how the architectures differ.
 fn interface_document(modules: &[(&str, Module)]) -> Result<String, Vec<String>> {
-    let interfaces = modules.iter().map(|(architecture, module)| {
-        let lines = module.entries.iter().map(|(name, entry)| (name.as_str(), interface_row(name, entry)));
-        (*architecture, lines.collect::<BTreeMap<_, _>>())
-    });
-    let interfaces = interfaces.collect::<Vec<_>>();
-    let ((first, rows), others) = interfaces.split_first().ok_or_else(|| vec!["no architecture".to_owned()])?;
-    let mut faults = Vec::new();
-    for (other, other_rows) in others {
-        let names = rows.keys().chain(other_rows.keys().filter(|name| !rows.contains_key(*name)));
-        for name in names {
-            match (rows.get(name), other_rows.get(name)) {
-                (Some(a), Some(b)) if a != b => faults.push(format!("{first} and {other} differ:\n  {a}\n  {b}")),
-                (None, _) => faults.push(format!("{name} is in {other}, but not in {first}")),
-                (_, None) => faults.push(format!("{name} is in {first}, but not in {other}")),
-                _ => {}
+    let names: BTreeSet<&str> =
+        modules.iter().flat_map(|(_, module)| module.entries.keys().map(String::as_str)).collect();
+    let (mut rows, mut faults) = (Vec::new(), Vec::new());
+    for name in names {
+        let entries: Vec<(&str, &Entry)> = modules
+            .iter()
+            .filter_map(|(architecture, module)| Some((*architecture, module.entries.get(name)?)))
+            .collect();
+        if entries.len() < modules.len() {
+            let found: Vec<&str> = entries.iter().map(|(architecture, _)| *architecture).collect();
+            faults.push(format!("{name} is only in {}", found.join(", ")));
+            continue;
+        }
+        let ((first, entry), others) = entries.split_first().expect("as many as modules, of which there is one");
+        for (other, other_entry) in others {
+            let (a, b) = (parameters_cell(name, entry), parameters_cell(name, other_entry));
+            if a != b || launch_bound(entry) != launch_bound(other_entry) {
+                let bound = |entry: &Entry| launch_bound(entry).map_or("no .maxntid", String::as_str).to_owned();
+                let (a, b) = (format!("{a}, {}", bound(entry)), format!("{b}, {}", bound(other_entry)));
+                faults.push(format!("{name} of {first} and {other} differ:\n  {a}\n  {b}"));
             }
         }
+        rows.push(format!("| `{name}` | {} | {} |", parameters_cell(name, entry), bounds_cell(&entries)));
     }
     if !faults.is_empty() {
         return Err(faults);
@@ -177,25 +183,42 @@ fn interface_document(modules: &[(&str, Module)]) -> Result<String, Vec<String>>
          What the host launches: the entries of the PTX, the same for every architecture. Written by\n\
          `cargo xtask audit --bless`; `cargo xtask test` fails when the PTX no longer matches it.\n\n\
          A slice is two parameters, its address (`.ptr`) and its length in elements. Bounds are the directives that\n\
-         `#[kernel]` declares and a launch has to keep.\n\n\
+         `#[kernel]` declares; a launch has to keep `.maxntid`.\n\n\
          | entry | parameters | bounds |\n| --- | --- | --- |\n",
     );
-    for row in rows.values() {
+    for row in rows {
         writeln!(text, "{row}").expect("a String takes any text");
     }
     Ok(text)
 }
 
-fn interface_row(name: &str, entry: &Entry) -> String {
-    let none = || "none".to_owned();
+fn parameters_cell(name: &str, entry: &Entry) -> String {
     // Parameter names repeat the entry's; what is left is the index, or the size of an array.
     let parameter = |p: &ptx::Parameter| {
         let index = p.name.strip_prefix(name).and_then(|rest| rest.strip_prefix("_param_")).unwrap_or(&p.name);
         format!("`{index}: {}`", p.ty)
     };
-    let parameters = entry.parameters.iter().map(parameter).reduce(|a, b| a + ", " + &b).unwrap_or_else(none);
-    let bounds = entry.directives.iter().map(|d| format!("`{d}`")).reduce(|a, b| a + ", " + &b).unwrap_or_else(none);
-    format!("| `{name}` | {parameters} | {bounds} |")
+    entry.parameters.iter().map(parameter).reduce(|a, b| a + ", " + &b).unwrap_or_else(|| "none".to_owned())
+}
+
+/// What a launch has to keep; the other bounds are for the assembler.
+fn launch_bound(entry: &Entry) -> Option<&String> {
+    entry.directives.iter().find(|directive| directive.starts_with(".maxntid"))
+}
+
+/// The directives of an entry, with the architecture beside those that not all have.
+fn bounds_cell(entries: &[(&str, &Entry)]) -> String {
+    let mut cells: Vec<String> = Vec::new();
+    for (architecture, entry) in entries {
+        for directive in &entry.directives {
+            let is_common = entries.iter().all(|(_, other)| other.directives.contains(directive));
+            let cell = if is_common { format!("`{directive}`") } else { format!("`{directive}` ({architecture})") };
+            if !cells.contains(&cell) {
+                cells.push(cell);
+            }
+        }
+    }
+    if cells.is_empty() { "none".to_owned() } else { cells.join(", ") }
 }
 
 /// The lines of a committed file that the PTX no longer gives, and those it gives instead.
@@ -213,6 +236,8 @@ fn drift(file: &str, committed: &str, current: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::ptxas::Resources;
 
@@ -240,8 +265,16 @@ mod tests {
         let faults =
             interface_document(&[("sm_80", module(PTX)), ("sm_90a", module(&other))]).expect_err("they differ");
         assert_eq!(faults.len(), 2, "{faults:?}");
-        assert!(faults[0].contains(".maxntid 256") && faults[0].contains(".maxntid 128"), "{faults:?}");
-        assert_eq!(faults[1], "only is in sm_90a, but not in sm_80");
+        let bounds = faults.iter().find(|fault| fault.contains("differ")).expect("the bounds differ");
+        assert!(bounds.contains(".maxntid 256") && bounds.contains(".maxntid 128"), "{faults:?}");
+        assert!(faults.contains(&"only is only in sm_90a".to_owned()), "{faults:?}");
+    }
+
+    #[test]
+    fn registers_may_be_bounded_for_one_architecture() {
+        let other = PTX.replace("1\n{", "1\n.maxnreg 88\n{");
+        let document = interface_document(&[("sm_80", module(PTX)), ("sm_90a", module(&other))]).expect("they agree");
+        assert!(document.ends_with("| `.maxntid 256, 1, 1`, `.maxnreg 88` (sm_90a) |\n"), "{document}");
     }
 
     #[test]

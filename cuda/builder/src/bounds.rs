@@ -8,12 +8,13 @@ use crate::Error;
 const MARK: &str = "//@ bounds ";
 
 /// Turns the `//@ bounds NAME threads=T blocks_per_sm=B registers=R` lines that `#[kernel]` left into directives of the
-/// entries; R is 0 where nothing bounds registers but B.
+/// entries. R is 0 where nothing bounds registers but B; it counts only where `grids_overlap`, since it is for room beside
+/// the next grid.
 ///
 /// # Errors
 ///
 /// [`Error::Bounds`] for an entry without such a line, or a line without its entry.
-pub fn write_launch_bounds(ptx: &str) -> Result<String, Error> {
+pub fn write_launch_bounds(ptx: &str, grids_overlap: bool) -> Result<String, Error> {
     let problem = |entry: &str, problem| Error::Bounds { entry: entry.to_owned(), problem };
     let mut bounds = HashMap::new();
     for line in ptx.lines().filter_map(|line| line.trim().strip_prefix(MARK)) {
@@ -25,8 +26,11 @@ pub fn write_launch_bounds(ptx: &str) -> Result<String, Error> {
         else {
             return Err(problem(entry, "its bounds line is malformed"));
         };
-        let of_registers =
-            if registers > 0 { format!(".maxnreg {registers}") } else { format!(".minnctapersm {blocks}") };
+        let of_registers = if registers > 0 && grids_overlap {
+            format!(".maxnreg {registers}")
+        } else {
+            format!(".minnctapersm {blocks}")
+        };
         bounds.insert(entry, format!(".maxntid {threads}, 1, 1\n{of_registers}\n"));
     }
 
@@ -63,24 +67,26 @@ mod tests {
 
     #[test]
     fn directives_stand_between_parameters_and_body() {
-        for (registers, directive) in [(0, ".minnctapersm 2"), (96, ".maxnreg 96")] {
+        for (registers, overlap, directive) in
+            [(0, true, ".minnctapersm 2"), (96, true, ".maxnreg 96"), (96, false, ".minnctapersm 2")]
+        {
             let ptx = format!("//@ bounds scale threads=256 blocks_per_sm=2 registers={registers}\n{ENTRY}");
             let expected = format!(
                 ".visible .entry scale(\n\t.param .u64 scale_param_0\n)\n.maxntid 256, 1, 1\n{directive}\n{{\n\tret;\n}}\n"
             );
-            assert_eq!(write_launch_bounds(&ptx).unwrap(), expected);
+            assert_eq!(write_launch_bounds(&ptx, overlap).unwrap(), expected);
         }
     }
 
     #[test]
     fn an_entry_without_bounds_is_an_error() {
-        let error = write_launch_bounds(ENTRY).unwrap_err();
+        let error = write_launch_bounds(ENTRY, false).unwrap_err();
         assert!(matches!(error, Error::Bounds { entry, .. } if entry == "scale"));
     }
 
     #[test]
     fn bounds_without_an_entry_are_an_error() {
-        let error = write_launch_bounds("//@ bounds gone threads=1 blocks_per_sm=1 registers=0\n").unwrap_err();
+        let error = write_launch_bounds("//@ bounds gone threads=1 blocks_per_sm=1 registers=0\n", false).unwrap_err();
         assert!(matches!(error, Error::Bounds { entry, .. } if entry == "gone"));
     }
 }

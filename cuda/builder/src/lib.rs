@@ -167,7 +167,7 @@ impl CudaBuilder {
         let text = fs::read_to_string(&assembly).map_err(io("cannot read the assembly"))?;
         let sources =
             sources_of(&out_dir.join("nvptx64-nvidia-cuda/release")).map_err(io("cannot read the dep-info"))?;
-        Ok(Ptx { text: write_launch_bounds(&text)?, sources })
+        Ok(Ptx { text: write_launch_bounds(&text, hopper)?, sources })
     }
 }
 

@@ -23,7 +23,7 @@ use syn::{Error, Expr, FnArg, GenericArgument, ItemFn, Pat, PathArguments, Retur
 ///   slice, and `scale::ENTRY`, the interface as data.
 ///
 /// `threads` is the most threads a block may have; `blocks_per_sm` (default 1), how many such blocks an SM must hold. Both
-/// are constants, as is `registers`, the most of a thread (`.maxnreg`, in place of `.minnctapersm`). `dynamic_shared` (default 0) is the bytes of its `dynamic_shared_array!`. A kernel marked `waits` calls
+/// are constants, as is `registers`, the most of a thread where grids overlap (`.maxnreg`, in place of `.minnctapersm`). `dynamic_shared` (default 0) is the bytes of its `dynamic_shared_array!`. A kernel marked `waits` calls
 /// `grid::wait` itself; others wait first of all, so that any may be launched early. One marked `launches` calls
 /// `grid::launch_dependents` itself; others let the next grid start first of all. Of one marked `alone` a multiprocessor gets no two blocks where grids
 /// overlap: the host asks for more than half of its shared memory. The function is `unsafe`, returns

@@ -352,7 +352,7 @@ pub unsafe fn experts_token_gate_up_mxfp4(
         // SAFETY: whole warps are here; features f and f + 1 share a word, as B fragments have them, which is one lane's.
         unsafe {
             let next = warp::shuffle_xor(value, 1);
-            if tile < n_tiles && feature % 2 == 0 {
+            if tile < n_tiles && feature.is_multiple_of(2) {
                 let place = feature / GROUP * 16 + 4 * (feature % ROWS / 2) + feature % GROUP / ROWS;
                 h.write((slot * d_ff / 2 + place) as usize, pack_f16x2(value, next));
             }

@@ -566,7 +566,7 @@ impl Run {
                         unsafe {
                             shared.store4((places.high + 4 * q) as usize, high);
                             shared.store4((places.low + 4 * q) as usize, word(integers));
-                            if q % (GROUP / 4) == 0 {
+                            if q.is_multiple_of(GROUP / 4) {
                                 shared.store4((places.scales + q / 2) as usize, scale.to_bits());
                             }
                         }
