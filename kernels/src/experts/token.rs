@@ -1,7 +1,7 @@
 //! One token through experts of MXFP4 on tensor cores: the router's end and two kernels, at the speed of memory.
 //!
 //! Both kernels keep warps apart: a warp streams its own weights through its own ring in shared memory, in the order in which
-//! they lie in device memory, a thread exactly the bytes that it reads. Tiles are small enough to be dealt out evenly.
+//! they lie in device memory. Runs of tiles are small enough to be dealt out evenly.
 
 use crate::format::{Format, GROUP, MXFP4_ROWS, MXFP4_RUN, Mxfp4, mxfp4_pairs};
 #[cfg(not(target_arch = "nvptx64"))]
@@ -53,7 +53,8 @@ const ZERO_WORDS: u32 = 32;
 const PARTS_AHEAD: usize = 9;
 const EXPERT_SUMS: usize = (GATE_UP_WARPS * MAX_EXPERTS) as usize;
 
-/// Warps of a block of `experts_token_down_mxfp4`: they share the pairs of slots evenly.
+/// Warps of a block of `experts_token_down_mxfp4`: they share the pairs of slots evenly, and their registers leave no room for a
+/// second block.
 const DOWN_WARPS: u32 = 12;
 const DOWN_THREADS: u32 = DOWN_WARPS * WARP_SIZE;
 /// The most steps of a warp in a row.
@@ -129,7 +130,7 @@ pub const fn launch_down(n_multiprocessors: u32, d_model: u32) -> Launch {
 /// - Launch: [`launch_gate_up`], `n_block_tiles` tiles of eight features a block. Every block finishes the router for itself;
 ///   then its warps share the runs of all its tiles in order, an mma's rows 0 to 7 being of `gate` and 8 to 15 of `up`, its
 ///   columns 0, 2, 4, 6 one group of 32 elements each.
-/// - Shared memory: 84 KiB dynamic, a ring of weights for each warp and the warps' sums; 27 KiB static, n and the router's
+/// - Shared memory: 72 KiB dynamic, a ring of weights for each warp and the warps' sums; 24 KiB static, n and the router's
 ///   sums; five barriers.
 /// - Cost: memory bound, the bytes of `n_used` experts' `gate` and `up`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.
@@ -383,7 +384,7 @@ struct Ahead {
 ///   `[n_used]`. As [`fits`] says.
 /// - Launch: [`launch_down`]. A block owns eight rows of `out` at a time, a warp two slots and an equal part of their
 ///   elements: an mma's rows 0 to 7 are of the one slot and its even columns one group each, the others of the other.
-/// - Shared memory: 66 KiB dynamic, rings of weights and scales for each warp; 33 KiB static, activations and sums; two
+/// - Shared memory: 75 KiB dynamic, rings of weights and scales for each warp; 26 KiB static, activations and sums; two
 ///   barriers each four times eight rows.
 /// - Cost: memory bound, the bytes of `n_used` experts' `down`.
 /// - Determinism: one fixed order of f32 sums; tensor cores order the 16 terms of a step themselves.

@@ -1,4 +1,4 @@
-//! One token against a Q8_0 matrix on the integer tensor cores: as [`matvec`](super), with a fifth of its instructions.
+//! One token against a Q8_0 matrix on the integer tensor cores: as [`matvec`](super), with half of its instructions.
 //!
 //! The products of [`super`] are bound by what a multiprocessor can issue: each 8-bit weight is made a float first. Here
 //! weights enter `mma.m16n8k32` as they lie, and it is `x` that is made integer: each group of 32 under a scale of its own, in
@@ -33,7 +33,7 @@ const STEP: u32 = INTERLEAVE as u32;
 const HALF_STEP: u32 = 4;
 /// Bytes of a group's quants.
 const GROUP_BYTES: u32 = 32;
-/// Steps of a warp under way: 64 KiB a multiprocessor.
+/// Steps of a warp under way, 4 KiB of quants each: 64 KiB a multiprocessor.
 const DEPTH: u32 = 2;
 /// Bytes of all lanes' 16.
 const PIECE: u32 = 16 * WARP_SIZE;
@@ -132,7 +132,7 @@ pub const fn launch(n_multiprocessors: u32, n_in: u32, n_out: u32, n_expert: u32
 ///   [`super::GELU_TANH`].
 /// - Launch: [`launch`], `n_rows` rows a block. See the module.
 /// - Shared memory: 98 KiB dynamic, rings of weights, `x` and sums; 1 KiB static; two barriers.
-/// - Cost: memory bound, the bytes of `weight`; 130 instructions of a warp for 2 KiB.
+/// - Cost: memory bound, the bytes of `weight`; about 220 instructions of a warp for 4 KiB.
 /// - Determinism: exact sums of 32 products, then f32 sums in one order, that of the geometry.
 /// - Source: [`Q8_0`]; norm as in [`crate::rms_norm`].
 ///
