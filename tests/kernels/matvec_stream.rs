@@ -1,8 +1,8 @@
 use super::weights::{Matrix, gelu_erf, product};
 use gamma_tests::{TestDevice, assert_close, devices, normal, relative_error, uniform};
 use gpt_gamma::gguf::TensorType;
-use kernels::matvec::stream::{MAX_EXPERTS, MAX_IN, fits, launch, n_parts, rows_per_block, run, run_router};
-use kernels::matvec::{ADD, GELU_ERF, STORE};
+use kernels::matvec::stream::{MAX_IN, fits, launch, n_parts, rows_per_block, run, run_router};
+use kernels::matvec::{ADD, GELU_ERF, MAX_EXPERTS, STORE};
 
 /// An element of `x` is wrong by up to half of a 32639th of its group's largest, about 2.2 times the deviation of normal
 /// numbers: 2.2 / 32639 / √12 = 2e-5 of the result, at random. A wrong weight shows as at least 1 / √8192 of it.

@@ -253,7 +253,7 @@ pub fn norm_fits(n_in: usize, has_beta: bool) -> bool {
 pub fn router_fits(matrix: LinearMatrix, n_expert: usize, cut: Cut) -> bool {
     let (n_in, n_out, n_expert) = (matrix.n_in as u32, matrix.n_out as u32, n_expert as u32);
     match matrix.streams(cut) {
-        Some(_) => n_expert > 0 && n_expert <= matvec::stream::MAX_EXPERTS,
+        Some(_) => n_expert > 0 && n_expert <= matvec::MAX_EXPERTS,
         None => matvec::router_fits(n_in, n_out, n_expert),
     }
 }

@@ -59,8 +59,6 @@ const QUADS: usize = 4;
 const LANES: u32 = 8;
 /// The widest `x`.
 pub const MAX_IN: u32 = 8192;
-/// The most experts that a router may have.
-pub const MAX_EXPERTS: u32 = 128;
 
 /// The kernels of this file.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -174,7 +172,7 @@ pub unsafe fn matvec_stream_q8_0(
 ///
 /// # Safety
 ///
-/// As there, and n_expert is not 0 and at most [`MAX_EXPERTS`]. `router` and `router_gamma` were written before the grid
+/// As there, and n_expert is not 0 and at most [`MAX_EXPERTS`](super::MAX_EXPERTS). `router` and `router_gamma` were written before the grid
 /// before this.
 #[kernel(threads = THREADS, registers = 88, dynamic_shared = SHARED, waits, launches, alone)]
 #[allow(clippy::too_many_arguments, reason = "a kernel's interface is flat")]
