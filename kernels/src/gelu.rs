@@ -19,7 +19,7 @@ pub const fn launch(n_elements: u32) -> Launch {
 /// The error function, within 1.5e-7 absolutely: Abramowitz and Stegun, *Handbook of Mathematical Functions*, 7.1.26.
 #[inline(always)]
 pub fn erf(x: f32) -> f32 {
-    let t = 1.0 / (1.0 + 0.327_591_1 * x.abs());
+    let t = 1.0.div_full(1.0 + 0.327_591_1 * x.abs());
     let polynomial = t * (0.254_829_6 + t * (-0.284_496_74 + t * (1.421_413_7 + t * (-1.453_152 + t * 1.061_405_4))));
     let magnitude = 1.0 - polynomial * Float::exp(-x * x);
     if x < 0.0 { -magnitude } else { magnitude }

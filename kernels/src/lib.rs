@@ -57,4 +57,5 @@ pub const ENTRIES: &[&[&cuda_std::Entry]] = &[
     experts::token::ENTRIES,
     probe::ENTRIES,
     experts::grouped::ENTRIES,
+    experts::warpgroups::ENTRIES,
 ];

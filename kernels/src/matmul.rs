@@ -7,6 +7,7 @@ mod finish;
 pub mod powers;
 pub mod rows;
 mod tile;
+mod warpgroups;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::format::WeightFormat;

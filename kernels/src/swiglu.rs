@@ -26,7 +26,7 @@ pub fn activation(gate: f32, up: f32) -> f32 {
     let gate = if gate > LIMIT { LIMIT } else { gate };
     let up = if up > LIMIT { LIMIT } else { up };
     let up = if up < -LIMIT { -LIMIT } else { up };
-    gate / (1.0 + Float::exp(-ALPHA * gate)) * (up + 1.0)
+    gate.div_full(1.0 + Float::exp(-ALPHA * gate)) * (up + 1.0)
 }
 
 /// Applies [`activation`] to each pair of elements.

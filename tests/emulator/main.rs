@@ -15,6 +15,7 @@ mod numbers;
 mod operations;
 mod order;
 mod races;
+mod warpgroups;
 
 use cuda_std::emulator::{Emulator, Fault, MemoryError, Mode};
 use cuda_std::{DeviceSlice, Element, LaunchError, f16};

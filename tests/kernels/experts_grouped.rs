@@ -4,7 +4,8 @@ use gpt_gamma::device::Buffer;
 use gpt_gamma::device::ops::{self, ExpertsMatrix, ExpertsRowsWork, expert_tiles_len, experts_rows_take};
 use gpt_gamma::gguf::TensorType;
 use half::f16;
-use kernels::experts::grouped::{self, MAX_IN, TILE_PAIRS};
+use kernels::experts::grouped::{self, MAX_IN};
+use kernels::experts::warpgroups;
 use kernels::format::WeightFormat;
 
 /// Weights and activations are exact; `h` is rounded to f16, by 2⁻¹¹ of itself at most, and what comes of it inherits that.
@@ -19,7 +20,7 @@ fn layer(n_expert: usize, d_model: usize, d_ff: usize) -> Layer {
 #[test]
 fn every_width_of_tile() {
     let layer = layer(3, 160, 64);
-    for n_pairs in [1, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 80, 81, 96, 97] {
+    for n_pairs in [1, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65, 80, 81, 96, 97, 112, 113, 128, 129, 144, 145, 160, 161] {
         check(&layer, &vec![1; n_pairs], 1);
     }
 }
@@ -48,7 +49,7 @@ fn rows_of_the_longest_kind() {
 
 #[test]
 fn features_of_several_blocks_and_a_half() {
-    // 64 features a block one way, 128 rows the other.
+    // 64 features a block one way, 128 rows the other; twice as many by warpgroups.
     check(&layer(2, 160, 96), &spread(5, 2, 1), 1);
     check(&layer(2, 288, 160), &spread(5, 2, 1), 1);
 }
@@ -60,8 +61,8 @@ fn factors_of_rows_are_multiplied_back() {
     let factors = [1.0, 0.5, 4.0, 2.0, 0.25];
     let scaled: Vec<f32> = x.iter().enumerate().map(|(i, x)| x.to_f32() * factors[i / 64]).collect();
     let expected: Vec<f64> = layer.reference(&scaled, &ids, 2).into_iter().flat_map(|pair| pair.h).collect();
-    for device in devices() {
-        let (h, pairs) = OnDevice::new(&layer, &device).gate_up(&x, Some(&factors), &ids, 2);
+    for (device, kernels) in devices_and_kernels() {
+        let (h, pairs) = OnDevice::new(&layer, &device, kernels).gate_up(&x, Some(&factors), &ids, 2);
         assert_close(&by_pair(&h, &pairs, 64), &expected, ROUNDED_H);
     }
 }
@@ -71,8 +72,8 @@ fn a_wrong_expert_or_token_would_be_seen() {
     let layer = layer(4, 64, 64);
     let (x, ids) = (halves(&layer.x(3)), [3, 0, 2]);
     let expected: Vec<f64> = layer.reference(&singles(&x), &ids, 1).into_iter().flat_map(|pair| pair.h).collect();
-    for device in devices() {
-        let on_device = OnDevice::new(&layer, &device);
+    for (device, kernels) in devices_and_kernels() {
+        let on_device = OnDevice::new(&layer, &device, kernels);
         let (h, pairs) = on_device.gate_up(&x, None, &[3, 1, 2], 1);
         assert!(relative_error(&by_pair(&h, &pairs, 64), &expected) > 100.0 * ROUNDED_H);
         let shifted = [&x[64..], &x[..64]].concat();
@@ -99,8 +100,8 @@ fn weights_are_exact_over_24_powers_of_two() {
         h[160 + column] = f16::ONE;
         let expected: Vec<f32> = (0..2 * 64).map(|row| down[row * 160 + column]).collect();
         assert!(expected.iter().any(|w| *w != 0.0));
-        for device in devices() {
-            assert_eq!(OnDevice::new(&layer, &device).down(&h, &[0, 1]), expected, "column {column}");
+        for (device, kernels) in devices_and_kernels() {
+            assert_eq!(OnDevice::new(&layer, &device, kernels).down(&h, &[0, 1]), expected, "column {column}");
         }
     }
 }
@@ -120,8 +121,8 @@ fn all_scales_of_e8m0_are_kept() {
         let one = f16::from_f32(if scale < 127 { 32768.0 } else { 1.0 / 64.0 });
         (h[5], h[32 + 5]) = (one, one);
         let expected: Vec<f32> = (0..2 * 64).map(|row| down[row * 32 + 5] * one.to_f32()).collect();
-        for device in devices() {
-            assert_eq!(OnDevice::new(&layer, &device).down(&h, &[0, 1]), expected, "scale {scale}");
+        for (device, kernels) in devices_and_kernels() {
+            assert_eq!(OnDevice::new(&layer, &device, kernels).down(&h, &[0, 1]), expected, "scale {scale}");
         }
     }
 }
@@ -140,8 +141,8 @@ fn scales_of_one_row_do_not_touch_another() {
         let h = &h[row / 96 * 96..][..96];
         down[row * 96..(row + 1) * 96].iter().zip(h).map(|(&w, h)| f64::from(w) * h.to_f64()).sum()
     };
-    for device in devices() {
-        let found = OnDevice::new(&layer, &device).down(&h, &[0, 1]);
+    for (device, kernels) in devices_and_kernels() {
+        let found = OnDevice::new(&layer, &device, kernels).down(&h, &[0, 1]);
         for parity in [0, 1] {
             let rows: Vec<usize> = (0..2 * 96).filter(|row| row % 2 == parity).collect();
             let expected: Vec<f64> = rows.iter().map(|&row| dot(row)).collect();
@@ -156,8 +157,8 @@ fn a_nan_stays_with_its_token() {
     let layer = layer(4, 64, 64);
     let (mut x, ids) = (halves(&layer.x(5)), spread(5, 4, 2));
     x[2 * 64 + 9] = f16::NAN;
-    for device in devices() {
-        let found = OnDevice::new(&layer, &device).all(&x, &normal(1, 5 * 64), &ids, &[0.5; 10], 2);
+    for (device, kernels) in devices_and_kernels() {
+        let found = OnDevice::new(&layer, &device, kernels).all(&x, &normal(1, 5 * 64), &ids, &[0.5; 10], 2);
         for (i, x) in found.iter().enumerate() {
             assert_eq!(x.is_nan(), i / 64 == 2, "element {i}");
         }
@@ -169,34 +170,66 @@ fn launches_repeat_to_the_bit() {
     let layer = layer(8, 64, 64);
     let (x, ids) = (halves(&layer.x(17)), spread(17, 8, 4));
     let (before, weights) = (normal(8, 17 * 64), uniform(9, ids.len(), 0.05, 0.95));
-    let run = |device: &TestDevice| OnDevice::new(&layer, device).all(&x, &before, &ids, &weights, 4);
     // Two orders of threads in the emulator, twice the same on a GPU.
-    let found: Vec<_> = devices().iter().chain(&devices()).map(run).collect();
-    for other in &found[1..] {
-        assert_eq!(found[0], *other);
+    let twice = || devices_and_kernels().into_iter().chain(devices_and_kernels());
+    for which in [Kernels::Warps, Kernels::Warpgroups] {
+        let of_kind = twice().filter(|(_, kernels)| *kernels == which);
+        let run = |(device, kernels): (TestDevice, Kernels)| {
+            OnDevice::new(&layer, &device, kernels).all(&x, &before, &ids, &weights, 4)
+        };
+        let found: Vec<_> = of_kind.map(run).collect();
+        for other in found.iter().skip(1) {
+            assert_eq!(found[0], *other, "{which:?}");
+        }
     }
 }
 
 // ---- a layer in a device's memory ----
 
+/// Which kernels: the one's twin is the other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kernels {
+    Warps,
+    Warpgroups,
+}
+
+impl Kernels {
+    fn tile_pairs(self) -> u32 {
+        match self {
+            Self::Warps => grouped::TILE_PAIRS,
+            Self::Warpgroups => warpgroups::TILE_PAIRS,
+        }
+    }
+}
+
+/// The devices, and what is to be tested on each.
+fn devices_and_kernels() -> Vec<(TestDevice, Kernels)> {
+    let of = |device: &TestDevice| match device.has_warpgroups() {
+        true => vec![Kernels::Warps, Kernels::Warpgroups],
+        false => vec![Kernels::Warps],
+    };
+    devices().into_iter().flat_map(|device| of(&device).into_iter().map(move |which| (device.clone(), which))).collect()
+}
+
 struct OnDevice<'a> {
     layer: &'a Layer,
     device: &'a TestDevice,
+    kernels: Kernels,
     packed: [Buffer<u8>; 3],
     biases: [Buffer<f32>; 3],
 }
 
 impl<'a> OnDevice<'a> {
-    fn new(layer: &'a Layer, device: &'a TestDevice) -> Self {
+    fn new(layer: &'a Layer, device: &'a TestDevice, kernels: Kernels) -> Self {
         let packed = [&layer.gate, &layer.up, &layer.down].map(|matrix| upload(device, matrix, layer.n_expert));
         let biases = [&layer.gate_bias, &layer.up_bias, &layer.down_bias].map(|bias| device.upload(bias));
-        Self { layer, device, packed, biases }
+        Self { layer, device, kernels, packed, biases }
     }
 
     /// h by place in the sorted list, and the list.
     fn gate_up(&self, x: &[f16], factors: Option<&[f32]>, ids: &[u32], n_used: usize) -> (Vec<f16>, Vec<u32>) {
         let (device, d_model, d_ff) = (self.device, self.layer.d_model as u32, self.layer.d_ff as u32);
-        let (pairs, tiles) = run_sort(device, ids, self.layer.n_expert, TILE_PAIRS);
+        let (pairs, tiles) = run_sort(device, ids, self.layer.n_expert, self.kernels.tile_pairs());
         let (h, x) = (device.poisoned::<f16>(ids.len() * self.layer.d_ff), device.upload(x));
         let factors = factors.map_or_else(|| device.none(), |factors| device.upload(factors));
         let ([gate, up, _], [gate_bias, up_bias, _]) =
@@ -205,8 +238,15 @@ impl<'a> OnDevice<'a> {
         unsafe {
             let (launcher, h, x, factors) = (device.launcher(), h.slice(), x.slice(), factors.slice());
             let (p, t, n) = (pairs.slice(), tiles.slice(), n_used as u32);
-            grouped::run_gate_up(launcher, h, gate, up, gate_bias, up_bias, x, factors, p, t, n, d_model, d_ff)
-                .unwrap();
+            match self.kernels {
+                Kernels::Warps => {
+                    grouped::run_gate_up(launcher, h, gate, up, gate_bias, up_bias, x, factors, p, t, n, d_model, d_ff)
+                }
+                Kernels::Warpgroups => warpgroups::run_gate_up(
+                    launcher, h, gate, up, gate_bias, up_bias, x, factors, p, t, n, d_model, d_ff,
+                ),
+            }
+            .unwrap();
         }
         (h.to_vec().unwrap(), pairs.to_vec().unwrap())
     }
@@ -215,13 +255,17 @@ impl<'a> OnDevice<'a> {
     fn down(&self, h: &[f16], ids: &[u32]) -> Vec<f32> {
         assert!(ids.is_sorted());
         let (device, d_model, d_ff) = (self.device, self.layer.d_model as u32, self.layer.d_ff as u32);
-        let (pairs, tiles) = run_sort(device, ids, self.layer.n_expert, TILE_PAIRS);
+        let (pairs, tiles) = run_sort(device, ids, self.layer.n_expert, self.kernels.tile_pairs());
         let (y, h) = (device.poisoned(ids.len() * self.layer.d_model), device.upload(h));
         let (weight, bias) = (self.packed[2].slice(), self.biases[2].slice());
         // SAFETY: shapes as the kernel's comment says.
         unsafe {
             let (launcher, y, h, p, t) = (device.launcher(), y.slice(), h.slice(), pairs.slice(), tiles.slice());
-            grouped::run_down(launcher, y, weight, bias, h, p, t, d_ff, d_model).unwrap();
+            match self.kernels {
+                Kernels::Warps => grouped::run_down(launcher, y, weight, bias, h, p, t, d_ff, d_model),
+                Kernels::Warpgroups => warpgroups::run_down(launcher, y, weight, bias, h, p, t, d_ff, d_model),
+            }
+            .unwrap();
         }
         y.to_vec().unwrap()
     }
@@ -240,6 +284,7 @@ impl<'a> OnDevice<'a> {
             n_used,
             d_model,
             d_ff,
+            warpgroup_pairs: (self.kernels == Kernels::Warpgroups).then_some(0),
             ids: ids.view(),
             weights: weights.view(),
             pairs: pairs.view(),
@@ -282,8 +327,8 @@ fn check(layer: &Layer, ids: &[u32], n_used: usize) {
     let (before, weights) = (normal(8, n_tokens * layer.d_model), uniform(9, ids.len(), 0.05, 0.95));
     let expected_h: Vec<f64> = layer.reference(&singles(&x), ids, n_used).into_iter().flat_map(|pair| pair.h).collect();
     let expected = layer.outputs(&singles(&x), &before, ids, &weights, n_used);
-    for device in devices() {
-        let on_device = OnDevice::new(layer, &device);
+    for (device, kernels) in devices_and_kernels() {
+        let on_device = OnDevice::new(layer, &device, kernels);
         let (h, pairs) = on_device.gate_up(&x, None, ids, n_used);
         assert_close(&by_pair(&h, &pairs, layer.d_ff), &expected_h, ROUNDED_H);
         assert_close(&on_device.all(&x, &before, ids, &weights, n_used), &expected, ROUNDED_H);

@@ -7,7 +7,7 @@ use kernels::matmul::rows::{Arguments, Plan, Shape, run};
 use kernels::matmul::{ADD, GELU_ERF, GELU_TANH, STORE, powers};
 use kernels::norm_rows;
 
-const SHAPES: [Shape; 3] = [Shape::Wide, Shape::Narrow, Shape::Skinny];
+const SHAPES: [Shape; 4] = [Shape::Warpgroups, Shape::Wide, Shape::Narrow, Shape::Skinny];
 
 #[test]
 fn single_block_and_token() {
@@ -81,7 +81,7 @@ fn bias_and_epilogues() {
     let (bias, before) = (normal(10, 40), normal(11, 5 * 40));
     let y = product(&weight, &x, &bias);
     for device in devices() {
-        for shape in SHAPES {
+        for shape in SHAPES.into_iter().filter(|&shape| runs(&device, shape)) {
             let run = |epilogue| {
                 let case = Case { bias: &bias, before: &before, epilogue, ..Case::new(&weight, &x) };
                 Case { plan: Some((shape, 1)), ..case }.run(&device)
@@ -289,9 +289,17 @@ fn check(weight: &Matrix, n_tokens: usize, plan: Option<(Shape, u32)>) {
     let (x, bias) = (normal(100, n_tokens * weight.n_in), normal(101, weight.n_out));
     let expected = product(weight, &x, &bias);
     for device in devices() {
+        if plan.is_some_and(|(shape, _)| !runs(&device, shape)) {
+            continue;
+        }
         let found = Case { bias: &bias, plan, ..Case::new(weight, &x) }.run(&device);
         assert_close(&found, &expected, TOLERANCE);
     }
+}
+
+/// Whether the device has the kernels of this shape.
+fn runs(device: &TestDevice, shape: Shape) -> bool {
+    shape != Shape::Warpgroups || device.has_warpgroups()
 }
 
 fn is_wide(device: &TestDevice, weight: &Matrix) -> bool {
@@ -362,7 +370,7 @@ impl<'a> Case<'a> {
         let (powers, _) = powers_of(device, self.weight);
         let (tokens, width, height) = (n_tokens as u32, n_in as u32, n_out as u32);
         let plan = match self.plan {
-            None => Plan::new(tokens, width, height),
+            None => Plan::new(tokens, width, height, device.has_warpgroups()),
             Some((shape, n_splits)) => Plan::cut(shape, n_splits, tokens, width, height),
         };
         let (partial, counters) = (device.poisoned(plan.partial_len()), device.upload(&vec![0; plan.counters_len()]));

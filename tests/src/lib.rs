@@ -19,6 +19,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 /// A device under test, with helpers that panic: a test has nothing better to do.
+#[derive(Clone)]
 pub struct TestDevice(pub SharedDevice);
 
 /// Where kernel tests run. The GPU is one for the whole process: loading the kernels takes longer than most tests.
@@ -92,6 +93,11 @@ impl TestDevice {
     #[track_caller]
     pub fn none<T: Plain>(&self) -> Buffer<T> {
         Buffer::new(&self.0, 0).unwrap()
+    }
+
+    /// Whether it runs kernels for warpgroups.
+    pub fn has_warpgroups(&self) -> bool {
+        self.0.has_warpgroups()
     }
 
     /// Whether it is a GPU and not the emulator.

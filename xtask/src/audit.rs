@@ -60,6 +60,7 @@ pub fn assembled() -> Result<(), Error> {
     let ptxas = ptxas::find()?;
     let mut faults = Vec::new();
     for (architecture, module) in read_modules()? {
+        faults.extend(serialized(architecture, &module));
         let report = ptxas::assemble(&ptxas, &workspace::ptx(architecture), architecture)?;
         println!("{architecture}\n{}", table(&module, &report));
         faults.extend(assembly_faults(architecture, &module, &report));
@@ -89,6 +90,15 @@ fn panics(architecture: &str, module: &Module) -> Vec<String> {
             format!("{architecture}: {name} can panic: {}", functions.join(", "))
         })
         .collect()
+}
+
+/// Kernels whose products of warpgroups would not stay under way. The host has the driver compile kernels as relocatable code, and
+/// there ptxas waits for each product where a kernel has subroutines; of the same kernel alone it says nothing.
+fn serialized(architecture: &str, module: &Module) -> Vec<String> {
+    let is_slow = |counts: ptx::Counts| counts.wgmma > 0 && counts.subroutines + counts.calls > 0;
+    let faulty = module.entries.iter().filter(|(_, entry)| is_slow(entry.counts));
+    let fault = |name: &str| format!("{architecture}: {name} divides or calls beside wgmma; `div_full` does not");
+    faulty.map(|(name, _)| fault(name)).collect()
 }
 
 fn assembly_faults(architecture: &str, module: &Module, report: &Report) -> Vec<String> {
@@ -158,7 +168,8 @@ fn interface_document(modules: &[(&str, Module)]) -> Result<String, Vec<String>>
             .iter()
             .filter_map(|(architecture, module)| Some((*architecture, module.entries.get(name)?)))
             .collect();
-        if entries.len() < modules.len() {
+        // `wgmma` is of one architecture; everything else is of all.
+        if entries.len() < modules.len() && !entries.iter().all(|(_, entry)| entry.counts.wgmma > 0) {
             let found: Vec<&str> = entries.iter().map(|(architecture, _)| *architecture).collect();
             faults.push(format!("{name} is only in {}", found.join(", ")));
             continue;
@@ -172,7 +183,8 @@ fn interface_document(modules: &[(&str, Module)]) -> Result<String, Vec<String>>
                 faults.push(format!("{name} of {first} and {other} differ:\n  {a}\n  {b}"));
             }
         }
-        rows.push(format!("| `{name}` | {} | {} |", parameters_cell(name, entry), bounds_cell(&entries)));
+        let only = if entries.len() < modules.len() { format!(" (only {first})") } else { String::new() };
+        rows.push(format!("| `{name}`{only} | {} | {} |", parameters_cell(name, entry), bounds_cell(&entries)));
     }
     if !faults.is_empty() {
         return Err(faults);
@@ -180,8 +192,8 @@ fn interface_document(modules: &[(&str, Module)]) -> Result<String, Vec<String>>
 
     let mut text = String::from(
         "# The kernels' interface\n\n\
-         What the host launches: the entries of the PTX, the same for every architecture. Written by\n\
-         `cargo xtask audit --bless`; `cargo xtask test` fails when the PTX no longer matches it.\n\n\
+         What the host launches: the entries of the PTX, the same for every architecture but for those that multiply by\n\
+         warpgroups. Written by `cargo xtask audit --bless`; `cargo xtask test` fails when the PTX no longer matches it.\n\n\
          A slice is two parameters, its address (`.ptr`) and its length in elements. Bounds are the directives that\n\
          `#[kernel]` declares; a launch has to keep `.maxntid`.\n\n\
          | entry | parameters | bounds |\n| --- | --- | --- |\n",
@@ -268,6 +280,15 @@ mod tests {
         let bounds = faults.iter().find(|fault| fault.contains("differ")).expect("the bounds differ");
         assert!(bounds.contains(".maxntid 256") && bounds.contains(".maxntid 128"), "{faults:?}");
         assert!(faults.contains(&"only is only in sm_90a".to_owned()), "{faults:?}");
+        let beside =
+            module(&PTX.replace("bar.sync 0", "wgmma.mma_async.sync.aligned.m64n16k16 0; div.rn.f32 %f1, %f2, %f3"));
+        let expected = ["sm_90a: scale divides or calls beside wgmma; `div_full` does not"];
+        assert_eq!(serialized("sm_90a", &beside), expected);
+        assert!(serialized("sm_80", &module(PTX)).is_empty());
+        let wide = PTX.replace("scale", "wide").replace("bar.sync 0", "{ wgmma.mma_async.sync.aligned.m64n16k16 0; }");
+        let both = module(&format!("{PTX}{wide}"));
+        let document = interface_document(&[("sm_80", module(PTX)), ("sm_90a", both)]).expect("wgmma may be missing");
+        assert!(document.contains("\n| `wide` (only sm_90a) | "), "{document}");
     }
 
     #[test]

@@ -54,6 +54,8 @@ pub struct Counts {
     pub griddep: u32,
     /// `call`.
     pub calls: u32,
+    /// Floating-point divisions and roots that are correctly rounded: ptxas makes them subroutines.
+    pub subroutines: u32,
 }
 
 impl Counts {
@@ -87,6 +89,7 @@ impl Counts {
             "mbarrier" => self.mbarrier += 1,
             "griddepcontrol" => self.griddep += 1,
             "call" => self.calls += 1,
+            "div" | "rcp" | "sqrt" if opcode.contains(".rn.f") => self.subroutines += 1,
             _ => {}
         }
     }
@@ -381,6 +384,7 @@ $L__BB0_3:
             mbarrier: 0,
             griddep: 0,
             calls: 1,
+            subroutines: 0,
         };
         assert_eq!(counts, expected);
     }

@@ -126,8 +126,14 @@ impl CudaBuilder {
         // `griddepcontrol` came with Hopper; `cuda_std::grid` does without before.
         let hopper = self.arch.strip_prefix("sm_").and_then(|arch| arch.get(..2)).is_some_and(|arch| arch >= "90");
         let programmatic = hopper.then(|| "--cfg=programmatic_launch".to_owned());
-        let flags: Vec<String> =
-            flags.into_iter().chain(programmatic).chain(FLAGS.iter().map(|flag| (*flag).to_owned())).collect();
+        // `wgmma` is of this architecture alone, not of those after it.
+        let warpgroups = (self.arch == "sm_90a").then(|| "--cfg=warpgroups".to_owned());
+        let flags: Vec<String> = flags
+            .into_iter()
+            .chain(programmatic)
+            .chain(warpgroups)
+            .chain(FLAGS.iter().map(|flag| (*flag).to_owned()))
+            .collect();
         let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(&cargo);
         command

@@ -26,7 +26,7 @@ use syn::{Error, Expr, FnArg, GenericArgument, ItemFn, Pat, PathArguments, Retur
 /// are constants, as is `registers`, the most of a thread where grids overlap (`.maxnreg`, in place of `.minnctapersm`). `dynamic_shared` (default 0) is the bytes of its `dynamic_shared_array!`. A kernel marked `waits` calls
 /// `grid::wait` itself; others wait first of all, so that any may be launched early. One marked `launches` calls
 /// `grid::launch_dependents` itself; others let the next grid start first of all. Of one marked `alone` a multiprocessor gets no two blocks where grids
-/// overlap: the host asks for more than half of its shared memory. The function is `unsafe`, returns
+/// overlap: the host asks for more than half of its shared memory. One marked `warpgroups` uses `cuda_std::wgmma`, and is only in sm_90a's PTX. The function is `unsafe`, returns
 /// nothing and has no generics.
 #[proc_macro_attribute]
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
@@ -44,18 +44,20 @@ struct Bounds {
     waits: bool,
     launches: bool,
     alone: bool,
+    warpgroups: bool,
 }
 
 impl Parse for Bounds {
     fn parse(input: ParseStream) -> syn::Result<Self> {
         let (mut threads, mut blocks_per_sm, mut dynamic_shared, mut registers) = (None, None, None, None);
-        let (mut waits, mut launches, mut alone) = (false, false, false);
+        let (mut waits, mut launches, mut alone, mut warpgroups) = (false, false, false, false);
         while !input.is_empty() {
             let name: Ident = input.parse()?;
             let flag = match name.to_string().as_str() {
                 "waits" => Some(&mut waits),
                 "launches" => Some(&mut launches),
                 "alone" => Some(&mut alone),
+                "warpgroups" => Some(&mut warpgroups),
                 _ => None,
             };
             if let Some(flag) = flag {
@@ -72,8 +74,8 @@ impl Parse for Bounds {
                 "dynamic_shared" => &mut dynamic_shared,
                 "registers" => &mut registers,
                 _ => {
-                    let expected = "expected `threads`, `blocks_per_sm`, `dynamic_shared`, `registers`, `waits`, `launches` \
-                                    or `alone`";
+                    let expected = "expected `threads`, `blocks_per_sm`, `dynamic_shared`, `registers`, `waits`, `launches`, \
+                                    `alone` or `warpgroups`";
                     return Err(Error::new(name.span(), expected));
                 }
             };
@@ -94,6 +96,7 @@ impl Parse for Bounds {
             waits,
             launches,
             alone,
+            warpgroups,
         })
     }
 }
@@ -119,11 +122,13 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
     }
 
     let (name, visibility) = (&signature.ident, &function.vis);
-    let Bounds { threads, blocks_per_sm, dynamic_shared, registers, waits, launches, alone } = bounds;
+    let Bounds { threads, blocks_per_sm, dynamic_shared, registers, waits, launches, alone, warpgroups } = bounds;
     let launch = if *launches { quote!() } else { quote!(::cuda_std::grid::launch_dependents();) };
     let wait = if *waits { quote!() } else { quote!(::cuda_std::grid::wait();) };
     let conditional = function.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg"));
     let conditional: Vec<_> = conditional.collect();
+    let where_compiled =
+        if *warpgroups { quote!(all(target_arch = "nvptx64", warpgroups)) } else { quote!(target_arch = "nvptx64") };
 
     let (mut flat, mut from_flat) = (Vec::new(), Vec::new());
     let (mut params, mut run_params, mut run_args, mut from_arguments) =
@@ -171,7 +176,7 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
         #function
 
         #(#conditional)*
-        #[cfg(target_arch = "nvptx64")]
+        #[cfg(#where_compiled)]
         mod #entry_module {
             use super::*;
             ::cuda_std::internal::global_asm!(
@@ -211,6 +216,7 @@ fn expand(bounds: &Bounds, function: &ItemFn) -> syn::Result<Tokens> {
                 dynamic_shared: (#dynamic_shared) as u32,
                 waits: #waits,
                 alone: #alone,
+                warpgroups: #warpgroups,
                 emulate: Self::emulate,
             };
 

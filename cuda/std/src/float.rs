@@ -57,6 +57,21 @@ pub fn mul_f16x2(a: u32, b: u32) -> u32 {
     machine::mul_f16x2(a, b)
 }
 
+/// `add.rn.f16x2`: the sums of the low and of the high halves, each rounded once.
+#[inline(always)]
+pub fn add_f16x2(a: u32, b: u32) -> u32 {
+    machine::add_f16x2(a, b)
+}
+
+/// `prmt.b32`: byte i of the result is the one that nibble i of `selector` names, `0..4` of `a`, `4..8` of `b`.
+///
+/// Nibbles are below 8: the instruction's other mode, which repeats a sign, is not to be had here.
+#[inline(always)]
+#[track_caller]
+pub fn permute_bytes(a: u32, b: u32, selector: u32) -> u32 {
+    machine::permute_bytes(a, b, selector)
+}
+
 /// Functions of `f32` beyond `core`'s. "Approximate" ones state their error; the others are IEEE-rounded on both machines.
 pub trait Float {
     /// `sqrt.rn.f32`, correctly rounded.
@@ -73,6 +88,9 @@ pub trait Float {
     fn tanh(self) -> Self;
     /// Largest integer not above; `cvt.rmi.f32.f32`.
     fn floor(self) -> Self;
+    /// `div.full.f32`: `self / divisor` within 2 ulp, 0 for divisors beyond 2¹²⁶. The emulator rounds correctly. A plain `/` is
+    /// correctly rounded on both machines, but a subroutine, beside which products of warpgroups are not kept under way.
+    fn div_full(self, divisor: Self) -> Self;
 }
 
 impl Float for f32 {
@@ -104,11 +122,16 @@ impl Float for f32 {
     #[inline(always)]
     fn tanh(self) -> f32 {
         // 1 − 2/(e²ˣ + 1) is free of overflow trouble: e²ˣ = ∞ gives 1, e²ˣ = 0 gives −1.
-        1.0 - 2.0 / (Float::exp(2.0 * self) + 1.0)
+        1.0 - 2.0.div_full(Float::exp(2.0 * self) + 1.0)
     }
 
     #[inline(always)]
     fn floor(self) -> f32 {
         machine::floor(self)
+    }
+
+    #[inline(always)]
+    fn div_full(self, divisor: f32) -> f32 {
+        machine::div_full(self, divisor)
     }
 }

@@ -45,6 +45,8 @@ pub struct Entry {
     pub waits: bool,
     /// Whether a multiprocessor is to have no two of its blocks, where grids overlap.
     pub alone: bool,
+    /// Whether it uses [`wgmma`](crate::wgmma), and so is only in sm_90a's PTX.
+    pub warpgroups: bool,
     /// The same body for the emulator. Called once per thread, inside its coroutine.
     #[doc(hidden)]
     pub emulate: unsafe fn(&[emulator::Argument]),

@@ -8,7 +8,7 @@
 //! - [`Global`], [`Disjoint`], [`Atomics`]: device memory behind a kernel parameter; [`Shared`], [`shared_array!`]: a
 //!   block's own memory; [`cp_async`]: copies between the two that overlap with arithmetic.
 //! - [`grid`]: starting early, and the last block of a grid.
-//! - [`mma`]: tensor cores; [`f16`](struct@f16), [`Float`]: numbers.
+//! - [`mma`], [`wgmma`]: tensor cores; [`f16`](struct@f16), [`Float`]: numbers.
 //! - [`kernel`], [`Entry`], [`Launch`]: one signature for PTX entry, emulated twin and typed launcher.
 //!
 //! # Convergence
@@ -42,6 +42,7 @@ mod ptx;
 mod shared;
 pub mod thread;
 pub mod warp;
+pub mod wgmma;
 
 #[cfg(not(target_arch = "nvptx64"))]
 use emulator::machine;
@@ -50,7 +51,7 @@ use ptx as machine;
 
 pub use cuda_std_macros::kernel;
 pub use element::{Element, Store};
-pub use float::{Float, f16, mul_f16x2, pack_f16x2, unpack_f16x2};
+pub use float::{Float, add_f16x2, f16, mul_f16x2, pack_f16x2, permute_bytes, unpack_f16x2};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use launch::{Arg, DeviceSlice, Entry, Launch, LaunchError, Launcher, Param, ParamKind};
 pub use memory::{Atomics, Disjoint, Global, lane_share};

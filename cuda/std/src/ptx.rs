@@ -1,9 +1,12 @@
-//! The device machine: each operation of this crate as PTX. The only file with inline assembly.
+//! The device machine: each operation of this crate as PTX. With [`wgmma`] the only file with inline assembly.
 
 use core::arch::asm;
 use core::arch::nvptx;
 
 use crate::{Element, Store};
+
+mod wgmma;
+pub use wgmma::*;
 
 /// An address in the `.shared` window.
 pub type SharedAddress = u32;
@@ -30,6 +33,8 @@ unsafe extern "unadjusted" {
     fn rsqrt_approx(x: f32) -> f32;
     #[link_name = "llvm.nvvm.sqrt.rn.f"]
     fn sqrt_rn(x: f32) -> f32;
+    #[link_name = "llvm.nvvm.prmt"]
+    fn prmt(a: u32, b: u32, selector: u32) -> u32;
     #[link_name = "llvm.nvvm.fma.rn.f"]
     fn fma_rn(a: f32, b: f32, c: f32) -> f32;
     #[cfg(programmatic_launch)]
@@ -201,6 +206,16 @@ pub fn floor(x: f32) -> f32 {
 }
 
 #[inline(always)]
+pub fn div_full(x: f32, divisor: f32) -> f32 {
+    let quotient: f32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("div.full.f32 {}, {}, {};", out(reg32) quotient, in(reg32) x, in(reg32) divisor, options(pure, nomem, nostack));
+    }
+    quotient
+}
+
+#[inline(always)]
 pub fn f16_bits_of(value: f32) -> u16 {
     (value as f16).to_bits()
 }
@@ -228,6 +243,22 @@ pub fn mul_f16x2(a: u32, b: u32) -> u32 {
         asm!("mul.rn.f16x2 {}, {}, {};", out(reg32) product, in(reg32) a, in(reg32) b, options(pure, nomem, nostack));
     }
     product
+}
+
+#[inline(always)]
+pub fn add_f16x2(a: u32, b: u32) -> u32 {
+    let sum: u32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("add.rn.f16x2 {}, {}, {};", out(reg32) sum, in(reg32) a, in(reg32) b, options(pure, nomem, nostack));
+    }
+    sum
+}
+
+#[inline(always)]
+pub fn permute_bytes(a: u32, b: u32, selector: u32) -> u32 {
+    // SAFETY: arithmetic.
+    unsafe { prmt(a, b, selector) }
 }
 
 /// # Safety
@@ -288,6 +319,19 @@ pub unsafe fn copy_async<T>(to: SharedAddress, i: usize, _len: usize, from: *con
     // SAFETY: the caller's promise.
     unsafe {
         asm!("cp.async.cg.shared.global [{}], [{}], 16, {};", in(reg32) at::<T>(to, i), in(reg64) from, in(reg32) bytes);
+    }
+}
+
+/// # Safety
+/// [`crate::Shared::copy_async_if`]'s.
+#[inline(always)]
+pub unsafe fn copy_async_if<T>(wanted: bool, to: SharedAddress, i: usize, _len: usize, from: *const u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted cp.async.cg.shared.global [{}], [{}], 16; }}",
+            in(reg32) u32::from(wanted), in(reg32) at::<T>(to, i), in(reg64) from
+        );
     }
 }
 

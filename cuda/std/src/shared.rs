@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 
 use crate::machine;
-use crate::{Element, Global, Store};
+use crate::{Element, Global, Store, wgmma};
 
 /// An array in the block's shared memory, made by [`shared_array!`](crate::shared_array). Contents are undefined at first.
 ///
@@ -56,7 +56,7 @@ macro_rules! shared_array {
 /// The block's dynamic shared memory as `[TYPE; LEN]`: what goes beyond the 48 KiB that a kernel can declare statically.
 ///
 /// `NAME` is unique in the kernel crate. A kernel has one such array at most, and says its bytes in
-/// `#[kernel(…, dynamic_shared = BYTES)]`; every such array starts at the same address, a multiple of 128 bytes. Together
+/// `#[kernel(…, dynamic_shared = BYTES)]`; every such array starts at the same address, a multiple of 1024 bytes. Together
 /// with static arrays at most 99 KiB run on every GPU from Ampere on, 227 KiB on Hopper.
 #[macro_export]
 macro_rules! dynamic_shared_array {
@@ -64,7 +64,7 @@ macro_rules! dynamic_shared_array {
         #[cfg(target_arch = "nvptx64")]
         {
             mod $name {
-                $crate::internal::global_asm!(concat!(".extern .shared .align 128 .b8 ", stringify!($name), "[];"));
+                $crate::internal::global_asm!(concat!(".extern .shared .align 1024 .b8 ", stringify!($name), "[];"));
             }
             let address: u32;
             // SAFETY: only names the symbol declared above.
@@ -164,6 +164,20 @@ impl<T: Element> Shared<T> {
     }
 }
 
+impl<T: Element> Shared<T> {
+    /// The operand of [`wgmma`](crate::wgmma) whose first row starts at element `i`.
+    ///
+    /// # Safety
+    ///
+    /// It starts at a multiple of 1024 bytes of a [`dynamic_shared_array!`](crate::dynamic_shared_array).
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn operand(&self, i: usize) -> wgmma::Operand {
+        // SAFETY: the caller's promise.
+        wgmma::Operand(unsafe { machine::operand_at::<T>(self.address, i, self.len) })
+    }
+}
+
 impl<T: Store> Shared<T> {
     /// Writes element `i`.
     ///
@@ -219,6 +233,22 @@ impl<T: Element> Shared<T> {
         }
         // SAFETY: the caller's promise.
         unsafe { machine::copy_async::<T>(self.address, i, self.len, source.address(j), valid) }
+    }
+
+    /// As [`copy_async`](Self::copy_async) if `wanted`, else nothing: a predicate, and no branch.
+    ///
+    /// # Safety
+    ///
+    /// As [`copy_async`](Self::copy_async) of what is valid, if `wanted`.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn copy_async_if(&self, wanted: bool, i: usize, source: Global<T>, j: usize) {
+        #[cfg(not(target_arch = "nvptx64"))]
+        if wanted {
+            machine::on_read(source.shadow(), source.address(0) as usize, j, size_of::<T>(), 16, source.len());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { machine::copy_async_if::<T>(wanted, self.address, i, self.len, source.address(j)) }
     }
 
     /// `cp.async.ca.shared.global 4`: as [`copy_async`](Self::copy_async) for 4 bytes of any type, from and to multiples of 4.

@@ -416,6 +416,10 @@ impl Device for Cuda {
         self.n_sm
     }
 
+    fn has_warpgroups(&self) -> bool {
+        self.ptx == PtxBuild::Sm90a
+    }
+
     fn memory(&self) -> Result<MemoryInfo, Error> {
         let (free, total) = self.inner.run("memory info", cuda_loader::memory_info)?;
         let since = ((total - free) as u64).saturating_sub(self.before);

@@ -49,6 +49,11 @@ impl Device for Emulated {
         rayon::current_num_threads() as u32
     }
 
+    fn has_warpgroups(&self) -> bool {
+        // An emulated product of a warpgroup costs what those of its warps do, and more.
+        !self.prefers_scalars
+    }
+
     fn prefers_scalars(&self) -> bool {
         self.prefers_scalars
     }

@@ -32,6 +32,9 @@ pub trait Device: Launcher + Send + Sync {
     /// out to as many.
     fn multiprocessors(&self) -> u32;
 
+    /// Whether it runs kernels marked `warpgroups`: Hopper's, in its own PTX.
+    fn has_warpgroups(&self) -> bool;
+
     /// Whether one token's products are cheaper without tensor cores and in few threads: an emulated `mma` costs the same whether
     /// one of its eight columns counts or all, and a thread costs more than its share of a product.
     fn prefers_scalars(&self) -> bool {

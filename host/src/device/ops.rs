@@ -6,7 +6,10 @@
 use cuda_std::{DeviceSlice, LaunchError, Launcher, f16};
 use kernels::attention::token::{grouped, partial_len, single};
 use kernels::attention::{kv_append, prefill, reciprocal};
-use kernels::experts::{decode as one, grouped as grouped_experts, prefill as many, sort, token as token_experts};
+use kernels::experts::{
+    decode as one, grouped as grouped_experts, prefill as many, sort, token as token_experts,
+    warpgroups as wide_experts,
+};
 use kernels::format::WeightFormat;
 use kernels::{
     argmax as argmax_kernel, candidates, embed as embed_kernel, layer_norm as layer_norm_kernel, matmul, matvec,
@@ -447,15 +450,21 @@ pub struct RowsWork<'a> {
     pub partial: View<'a, f32>,
     /// [`rows_work_lens`]`.1` elements, 0 before the first use, and again after each.
     pub counters: View<'a, u32>,
+    /// Whether the device has warpgroups: they do what is wide enough.
+    pub warpgroups: bool,
 }
 
 /// Elements that [`linear_rows`] needs in `partial` and `counters` for up to `max_tokens` tokens.
 pub fn rows_work_lens(max_tokens: usize, n_in: usize, n_out: usize) -> (usize, usize) {
-    let lens = |n_tokens: usize| {
-        let plan = matmul::rows::Plan::new(n_tokens as u32, n_in as u32, n_out as u32);
+    let lens = |(n_tokens, warpgroups)| {
+        let plan = matmul::rows::Plan::new(n_tokens as u32, n_in as u32, n_out as u32, warpgroups);
         (plan.partial_len(), plan.counters_len())
     };
-    (1..=max_tokens).map(lens).fold((0, 0), |(p, c), (partial, counters)| (p.max(partial), c.max(counters)))
+    // A plan of memory is for any device.
+    (1..=max_tokens)
+        .flat_map(|n| [(n, false), (n, true)])
+        .map(lens)
+        .fold((0, 0), |(p, c), (partial, counters)| (p.max(partial), c.max(counters)))
 }
 
 /// `out[t] = epilogue(weight · rows[t] + bias)`, rows of `out` being `out_stride` elements apart; and `out16` the same in
@@ -484,7 +493,7 @@ pub fn linear_rows(
     assert!(out.is_some() || (out16.is_some() && epilogue != Epilogue::Add), "no output");
     assert!(out16.is_none_or(|out| out.len() >= out_len), "output length");
     assert!(bias.is_none_or(|bias| bias.len() == n_out), "bias length");
-    let plan = matmul::rows::Plan::new(n_tokens as u32, n_in as u32, n_out as u32);
+    let plan = matmul::rows::Plan::new(n_tokens as u32, n_in as u32, n_out as u32, work.warpgroups);
     assert!(work.partial.len() >= plan.partial_len() && work.counters.len() >= plan.counters_len(), "work lengths");
     let arguments = matmul::rows::Arguments {
         out: optional(out),
@@ -889,6 +898,9 @@ pub fn experts_rows_take(first: WeightFormat, second: WeightFormat, d_model: usi
     first == WeightFormat::Mxfp4 && second == first && d_model.max(d_ff) <= grouped_experts::MAX_IN as usize
 }
 
+/// So many pairs an expert make tiles that are worth a warpgroup's while: with fewer the other kernels were faster on an H200.
+pub const WARPGROUP_PAIRS: usize = 32;
+
 /// What the experts of a layer are, and where the work of [`experts_rows`] goes.
 #[derive(Clone, Copy)]
 #[expect(missing_docs, reason = "the names of the kernels' parameters")]
@@ -897,6 +909,8 @@ pub struct ExpertsRowsWork<'a> {
     pub n_used: usize,
     pub d_model: usize,
     pub d_ff: usize,
+    /// From how many pairs an expert has on average the kernels for warpgroups do it, if the device runs them.
+    pub warpgroup_pairs: Option<usize>,
     /// `[n_tokens, n_used]`, and so the next two: the choices of [`route`].
     pub ids: View<'a, u32>,
     pub weights: View<'a, f32>,
@@ -930,7 +944,9 @@ pub fn experts_rows(
     assert_eq!((out.len(), x.len(), n_pairs), (x.len(), n_tokens * work.d_model, n_tokens * work.n_used), "lengths");
     assert!(row_factor.is_none_or(|factor| factor.len() == n_tokens), "row factors");
     assert_eq!((work.h.len(), work.y.len()), (n_pairs * work.d_ff, n_pairs * work.d_model), "work lengths");
-    let tiles_len = tiles_len(n_pairs, work.n_expert, grouped_experts::TILE_PAIRS);
+    let wide = work.warpgroup_pairs.is_some_and(|n| n_pairs >= n * work.n_expert);
+    let tile_pairs = if wide { wide_experts::TILE_PAIRS } else { grouped_experts::TILE_PAIRS };
+    let tiles_len = tiles_len(n_pairs, work.n_expert, tile_pairs);
     assert_eq!((work.weights.len(), work.pairs.len()), (n_pairs, n_pairs), "lists");
     assert!(work.tiles.len() >= tiles_len, "tiles");
     assert!(
@@ -955,9 +971,14 @@ pub fn experts_rows(
     let (tiles, factor) = (work.tiles.slice().slice(0..tiles_len), optional(row_factor));
     // SAFETY: as in `embed`.
     unsafe {
-        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids, grouped_experts::TILE_PAIRS)?;
-        grouped_experts::run_gate_up(launcher, h, gate.0, up.0, gate.1, up.1, x, factor, pairs, tiles, n, d, f)?;
-        grouped_experts::run_down(launcher, y, down.0, down.1, h, pairs, tiles, f, d)?;
+        sort::experts_sort::run(launcher, sort::launch(e), pairs, tiles, ids, tile_pairs)?;
+        if wide {
+            wide_experts::run_gate_up(launcher, h, gate.0, up.0, gate.1, up.1, x, factor, pairs, tiles, n, d, f)?;
+            wide_experts::run_down(launcher, y, down.0, down.1, h, pairs, tiles, f, d)?;
+        } else {
+            grouped_experts::run_gate_up(launcher, h, gate.0, up.0, gate.1, up.1, x, factor, pairs, tiles, n, d, f)?;
+            grouped_experts::run_down(launcher, y, down.0, down.1, h, pairs, tiles, f, d)?;
+        }
         many::experts_combine::run(launcher, many::launch_combine(n_tokens as u32, d), out, y, weights, n, d)
     }
 }

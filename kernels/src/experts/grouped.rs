@@ -4,7 +4,7 @@ use super::bias_of;
 use super::sort::Job;
 #[cfg(not(target_arch = "nvptx64"))]
 use super::sort::TILE_WORDS;
-use crate::format::{Format, GROUP, Mxfp4};
+use crate::format::{Format, GROUP, Mxfp4, mxfp4_pairs};
 use crate::swiglu;
 use cuda_std::warp::WARP_SIZE;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -142,7 +142,7 @@ pub unsafe fn run_down(
 
 /// The same memory as words: `cp.async` wants one type on both sides.
 #[cfg(not(target_arch = "nvptx64"))]
-fn words<T: Element>(slice: DeviceSlice<T>) -> DeviceSlice<u32> {
+pub(super) fn words<T: Element>(slice: DeviceSlice<T>) -> DeviceSlice<u32> {
     DeviceSlice::new(slice.address(), slice.len() * size_of::<T>() / size_of::<u32>())
 }
 
@@ -520,20 +520,14 @@ impl Block {
         let mut word = 0;
         while word < n_words {
             let four = scales(word);
-            top = top.max(four & 0xff).max(four >> 8 & 0xff).max((four >> 16 & 0xff).max(four >> 24));
+            top = top.max(largest_of(four));
             word += 1;
         }
         // SAFETY: the caller's promise; words are this thread's alone.
         unsafe {
             let mut word = 0;
             while word < n_words {
-                // How much less than the largest: no byte borrows. From TOP on, the factor is 0.
-                let less = top * 0x0101_0101 - scales(word);
-                let beyond = ((less & 0x7f7f_7f7f) + (0x80 - TOP) * 0x0101_0101) | less;
-                let too_little = (beyond >> 7 & 0x0101_0101) * 0xff;
-                let factors = (TOP * 0x0101_0101 - (less & !too_little)) & !too_little;
-                // The high byte of an f16 without mantissa; the low byte is 0.
-                self.shared.write((FACTORS + row * FACTOR_WORDS + word) as usize, factors << 2);
+                self.shared.write((FACTORS + row * FACTOR_WORDS + word) as usize, factors_of(top, scales(word)));
                 word += 1;
             }
             self.shared.write((TOPS + row) as usize, top);
@@ -548,8 +542,7 @@ impl Block {
     #[inline(always)]
     unsafe fn power_of(&self, row: u32) -> f32 {
         // SAFETY: the caller's promise.
-        let top = unsafe { self.shared.read((TOPS + row) as usize) };
-        f32::from_bits(if top < 2 { 0x0020_0000 << top } else { (top - 1) << 23 })
+        power_of(unsafe { self.shared.read((TOPS + row) as usize) })
     }
 
     /// Asks for this thread's part of a step of `pairs` pairs, for the stage at word `stage`; for nothing behind the last.
@@ -731,8 +724,8 @@ impl Block {
         while m < M {
             let mut i = 0;
             while i < 2 {
-                let factor = (factors[m][i] >> (8 * group) & 0xff) * 0x0100_0100;
-                let [first, second, third, fourth] = halves_of(codes[m][i]);
+                let factor = factor_of(factors[m][i], group);
+                let [first, second, third, fourth] = mxfp4_pairs(codes[m][i]);
                 a[m][0][i] = mul_f16x2(first, factor);
                 a[m][0][i + 2] = mul_f16x2(second, factor);
                 a[m][1][i] = mul_f16x2(third, factor);
@@ -758,13 +751,31 @@ impl Block {
     }
 }
 
-/// The eight codes of a word as f16, their values times 2⁻¹⁴: elements 2 t and the next of a group's four eighths.
+/// The factors of four scales in a row whose largest is `top`, a byte each: the high byte of an f16 without mantissa, whose
+/// low byte is 0.
 #[inline(always)]
-const fn halves_of(word: u32) -> [u32; 4] {
-    [
-        word & 0x8e00_8e00,
-        word << 3 & 0x8e00_8e00,
-        word << 1 & 0x8000_8000 | word << 6 & 0x0e00_0e00,
-        word << 2 & 0x8000_8000 | word << 9 & 0x0e00_0e00,
-    ]
+pub(super) const fn factors_of(top: u32, scales: u32) -> u32 {
+    // How much less than the largest: no byte borrows. From TOP on, the factor is 0.
+    let less = top * 0x0101_0101 - scales;
+    let beyond = ((less & 0x7f7f_7f7f) + (0x80 - TOP) * 0x0101_0101) | less;
+    let too_little = (beyond >> 7 & 0x0101_0101) * 0xff;
+    ((TOP * 0x0101_0101 - (less & !too_little)) & !too_little) << 2
+}
+
+/// Factor `group` of four, twice.
+#[inline(always)]
+pub(super) const fn factor_of(factors: u32, group: u32) -> u32 {
+    (factors >> (8 * group) & 0xff) * 0x0100_0100
+}
+
+/// The largest of four scales.
+#[inline(always)]
+pub(super) fn largest_of(scales: u32) -> u32 {
+    (scales & 0xff).max(scales >> 8 & 0xff).max((scales >> 16 & 0xff).max(scales >> 24))
+}
+
+/// What sums of a row whose largest scale is `top` are to be multiplied with: `2^(top − 127) · 2¹⁴ / 2¹⁵`.
+#[inline(always)]
+pub(super) const fn power_of(top: u32) -> f32 {
+    f32::from_bits(if top < 2 { 0x0020_0000 << top } else { (top - 1) << 23 })
 }

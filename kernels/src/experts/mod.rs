@@ -3,7 +3,8 @@
 //! - [`decode`]: one token, memory bound. Two kernels, and no list of who goes where. [`token`]: the same for MXFP4 on tensor
 //!   cores, at the speed of memory.
 //! - [`sort`]: many tokens, by expert. [`prefill`]: the products of each expert with its tokens, on tensor cores, and the
-//!   sum over a token's experts.
+//!   sum over a token's experts. [`grouped`]: the same for MXFP4 and activations in f16; [`warpgroups`]: as Hopper does it
+//!   best.
 //!
 //! A layer's experts are matrices of one shape back to back, each repacked as [`crate::format`] says: matrix e starts
 //! `e · planes.end` bytes in. `gate` and `up` have one format, `down` may have another. Token t's choice number s is its
@@ -14,6 +15,7 @@ pub mod grouped;
 pub mod prefill;
 pub mod sort;
 pub mod token;
+pub mod warpgroups;
 
 use crate::format::{Format, GROUP, Place};
 use cuda_std::Global;

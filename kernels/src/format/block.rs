@@ -1,7 +1,7 @@
 //! Types with blocks of 32 elements.
 
 use super::{Format, Layout, Place, Raw, bytes, half, half_word, nibbles, single_bits};
-use cuda_std::unpack_f16x2;
+use cuda_std::{add_f16x2, mul_f16x2, pack_f16x2, permute_bytes, unpack_f16x2};
 
 /// `(q − 8) · d`. Planes: quants 16 bytes, ggml's; scales `d`.
 pub enum Q4_0 {}
@@ -247,6 +247,26 @@ impl Format for Q8_0 {
     #[inline(always)]
     fn bound(raw: &Self::Raw, group: u32) -> f32 {
         128.0 * Self::scale(raw, group, 0)[0].abs()
+    }
+
+    /// In three operations a pair: as the low byte of 8 a byte with its sign flipped counts 2⁻⁷, and with 9 less there is 2⁻⁷ of
+    /// its value, exactly. With a factor of 2⁷ times the scale the product is rounded once, as that in f32 is; what such a
+    /// factor loses below 2⁻¹⁴ is 2⁻²⁵ of an element at most. Scales from 2⁸ on are left as they are, and bytes count 1.
+    #[inline(always)]
+    fn halves(raw: &Self::Raw, i: usize, [factor, _]: [f32; 2]) -> [u32; 4] {
+        let is_large = factor.abs() >= 256.0;
+        // 8 and −9, or 1024 and −1152, twice.
+        let (exponent, less) = if is_large { (0x6464_6464, 0xe480_e480) } else { (0x4848_4848, 0xc880_c880) };
+        let factor = if is_large { factor } else { 128.0 * factor };
+        // No element of such a scale is other than 0, since none is beyond f16; infinity stays.
+        let beyond = factor.abs() > 65504.0 && factor.abs() < f32::INFINITY;
+        let factor = if beyond { 65504.0 } else { factor };
+        let factor = pack_f16x2(factor, factor);
+        let pair = |word: u32, selector: u32| {
+            mul_f16x2(add_f16x2(permute_bytes(word ^ 0x8080_8080, exponent, selector), less), factor)
+        };
+        let (a, b) = (raw.quants[2 * i], raw.quants[2 * i + 1]);
+        [pair(a, 0x4140), pair(a, 0x4342), pair(b, 0x4140), pair(b, 0x4342)]
     }
 }
 

@@ -22,7 +22,7 @@ mod block;
 mod scalar;
 mod super_block;
 
-use cuda_std::Global;
+use cuda_std::{Global, pack_f16x2};
 
 pub use block::{MXFP4_ROWS, MXFP4_RUN, Mxfp4, Mxfp4Place, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, mxfp4_pairs};
 pub use scalar::{Bf16, F16, F32};
@@ -198,6 +198,14 @@ pub trait Format {
             let q = if Self::UNIT == 1.0 { q } else { q * Self::UNIT + 0.0 };
             if Self::HAS_OFFSET { q * factor + offset } else { q * factor }
         })
+    }
+
+    /// Pairs of elements `8 i..8 i + 8`, `i < 4`, given the scale of their half, rounded to f16.
+    #[inline(always)]
+    fn halves(raw: &Self::Raw, i: usize, scale: [f32; 2]) -> [u32; 4] {
+        let [a, b, c, d] = Self::decode(raw, 2 * i, scale);
+        let [e, f, g, h] = Self::decode(raw, 2 * i + 1, scale);
+        [pack_f16x2(a, b), pack_f16x2(c, d), pack_f16x2(e, f), pack_f16x2(g, h)]
     }
 }
 

@@ -3,10 +3,11 @@
 
 use super::finish::{gather, write};
 use super::tile::{STEP_GROUPS, Seat, Tile, accumulate};
+use super::warpgroups::{self, Warpgroups};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::format::WeightFormat;
 use crate::format::{self, Format, GROUP, Place};
-use cuda_std::{Atomics, Disjoint, Global, dynamic_shared_array, f16, kernel, thread};
+use cuda_std::{Atomics, Disjoint, Global, Shared, dynamic_shared_array, f16, kernel, thread};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::{DeviceSlice, Entry, Launch, LaunchError, Launcher};
 
@@ -41,7 +42,7 @@ pub(super) struct Parameters {
 }
 
 macro_rules! kernel {
-    ($name:ident, $format:ident, $shape:ident, $rows:literal, $tokens:literal, $mt:literal, $nt:literal, $wm:literal, $wn:literal, $stages:literal, $depth:literal, $blocks_per_sm:literal) => {
+    ($name:ident, $format:ident, $shape:ident, $rows:literal, $tokens:literal, $tiles:literal, $blocks_per_sm:literal, $bytes:expr, [$($mark:ident)?], $run:ident::<$($size:tt),*>) => {
         #[doc = concat!("Multiplies a matrix of type ", stringify!($format), " with rows of f16: tiles of ", $rows, " × ", $tokens, ".")]
         ///
         /// - Math: `y[t, o] = factors[t] · Σᵢ weight[o, i] · x[t, i] + bias[o]`, then the epilogue. Weights are divided by
@@ -57,15 +58,15 @@ macro_rules! kernel {
         #[doc = concat!(" - Launch: that of a [`Plan`] of [`Shape::", stringify!($shape), "`]. The first `n_whole` blocks own a tile each; of each")]
         ///   tile after those `n_splits` blocks do `n_steps` steps each, and the last of them to arrive adds up and writes.
         ///   Step by step of 64 elements, all threads decode weights and bring `x`, one and more steps ahead.
-        #[doc = concat!(" - Shared memory: ", stringify!($shape), "'s, two tiles of weights and ", $stages, " of `x`; a barrier a step.")]
+        #[doc = concat!(" - Shared memory: ", stringify!($shape), "'s, ", $tiles, " of `x`; a barrier a step.")]
         /// - Cost: `2 · n_tokens · n_in · n_out` operations; for few tokens the bytes of `weight`.
         /// - Determinism: one fixed order of steps and splits; tensor cores order the 16 terms of a product themselves.
-        /// - Source: PTX ISA, `mma.m16n8k16`; [`crate::format`].
+        /// - Source: PTX ISA, `mma.m16n8k16`, `wgmma.mma_async`; [`crate::format`].
         ///
         /// # Safety
         ///
         /// Launched as above; the slices have the shapes written above; `n_in` is a multiple of the format's block.
-        #[kernel(threads = $shape::THREADS, blocks_per_sm = $blocks_per_sm, dynamic_shared = $shape::BYTES, waits)]
+        #[kernel(threads = $shape::THREADS, blocks_per_sm = $blocks_per_sm, dynamic_shared = $bytes, waits $(, $mark)?)]
         #[allow(clippy::too_many_arguments, reason = "a kernel's interface is flat")]
         pub unsafe fn $name(
             out: Disjoint<f32>,
@@ -108,22 +109,35 @@ macro_rules! kernel {
                 n_steps,
             };
             // SAFETY: the launch contract is this kernel's own.
-            unsafe { rows::<format::$format, $mt, $nt, $wm, $wn, $stages, { $mt / $wn }, $depth>(to) }
+            unsafe { $run::<format::$format, $($size),*>(to) }
         }
     };
 }
 
 macro_rules! kernels {
-    ($($format:ident: $wide:ident, $narrow:ident, $skinny:ident, $depth:literal;)+) => {
+    ($($format:ident: $warpgroups:ident, $wide:ident, $narrow:ident, $skinny:ident, $depth:literal;)+) => {
         $(
-            kernel!($wide, $format, Wide, 128, 256, 4, 8, 2, 4, 2, $depth, 1);
-            kernel!($narrow, $format, Narrow, 64, 64, 2, 4, 2, 2, 3, $depth, 4);
-            kernel!($skinny, $format, Skinny, 64, 16, 1, 2, 4, 1, 3, $depth, 4);
+            kernel!(
+                $warpgroups, $format, Warpgroups, 128, 256, "three tiles of weights and five", 1, warpgroups::BYTES,
+                [warpgroups], rows_of_warpgroups::<$depth>
+            );
+            kernel!(
+                $wide, $format, Wide, 128, 256, "two tiles of weights and two", 1, Wide::BYTES, [],
+                rows::<4, 8, 2, 4, 2, 1, $depth>
+            );
+            kernel!(
+                $narrow, $format, Narrow, 64, 64, "two tiles of weights and three", 4, Narrow::BYTES, [],
+                rows::<2, 4, 2, 2, 3, 1, $depth>
+            );
+            kernel!(
+                $skinny, $format, Skinny, 64, 16, "two tiles of weights and three", 4, Skinny::BYTES, [],
+                rows::<1, 2, 4, 1, 3, 1, $depth>
+            );
         )+
 
         /// The kernels of this file.
         #[cfg(not(target_arch = "nvptx64"))]
-        pub const ENTRIES: &[&Entry] = &[$($wide::ENTRY, $narrow::ENTRY, $skinny::ENTRY),+];
+        pub const ENTRIES: &[&Entry] = &[$($warpgroups::ENTRY, $wide::ENTRY, $narrow::ENTRY, $skinny::ENTRY),+];
 
         /// Starts the kernel for `format` and `plan`.
         ///
@@ -143,6 +157,7 @@ macro_rules! kernels {
         ) -> Result<(), LaunchError> {
             let entry = match (format, plan.shape) {
                 $(
+                    (WeightFormat::$format, Shape::Warpgroups) => $warpgroups::run,
                     (WeightFormat::$format, Shape::Wide) => $wide::run,
                     (WeightFormat::$format, Shape::Narrow) => $narrow::run,
                     (WeightFormat::$format, Shape::Skinny) => $skinny::run,
@@ -180,20 +195,20 @@ macro_rules! kernels {
 }
 
 kernels! {
-    F32: matmul_wide_f32, matmul_narrow_f32, matmul_skinny_f32, 1;
-    F16: matmul_wide_f16, matmul_narrow_f16, matmul_skinny_f16, 1;
-    Bf16: matmul_wide_bf16, matmul_narrow_bf16, matmul_skinny_bf16, 1;
-    Q4_0: matmul_wide_q4_0, matmul_narrow_q4_0, matmul_skinny_q4_0, 2;
-    Q4_1: matmul_wide_q4_1, matmul_narrow_q4_1, matmul_skinny_q4_1, 2;
-    Q5_0: matmul_wide_q5_0, matmul_narrow_q5_0, matmul_skinny_q5_0, 2;
-    Q5_1: matmul_wide_q5_1, matmul_narrow_q5_1, matmul_skinny_q5_1, 2;
-    Q8_0: matmul_wide_q8_0, matmul_narrow_q8_0, matmul_skinny_q8_0, 2;
-    Q2K: matmul_wide_q2_k, matmul_narrow_q2_k, matmul_skinny_q2_k, 2;
-    Q3K: matmul_wide_q3_k, matmul_narrow_q3_k, matmul_skinny_q3_k, 2;
-    Q4K: matmul_wide_q4_k, matmul_narrow_q4_k, matmul_skinny_q4_k, 2;
-    Q5K: matmul_wide_q5_k, matmul_narrow_q5_k, matmul_skinny_q5_k, 2;
-    Q6K: matmul_wide_q6_k, matmul_narrow_q6_k, matmul_skinny_q6_k, 2;
-    Mxfp4: matmul_wide_mxfp4, matmul_narrow_mxfp4, matmul_skinny_mxfp4, 2;
+    F32: matmul_warpgroups_f32, matmul_wide_f32, matmul_narrow_f32, matmul_skinny_f32, 1;
+    F16: matmul_warpgroups_f16, matmul_wide_f16, matmul_narrow_f16, matmul_skinny_f16, 1;
+    Bf16: matmul_warpgroups_bf16, matmul_wide_bf16, matmul_narrow_bf16, matmul_skinny_bf16, 1;
+    Q4_0: matmul_warpgroups_q4_0, matmul_wide_q4_0, matmul_narrow_q4_0, matmul_skinny_q4_0, 2;
+    Q4_1: matmul_warpgroups_q4_1, matmul_wide_q4_1, matmul_narrow_q4_1, matmul_skinny_q4_1, 2;
+    Q5_0: matmul_warpgroups_q5_0, matmul_wide_q5_0, matmul_narrow_q5_0, matmul_skinny_q5_0, 2;
+    Q5_1: matmul_warpgroups_q5_1, matmul_wide_q5_1, matmul_narrow_q5_1, matmul_skinny_q5_1, 2;
+    Q8_0: matmul_warpgroups_q8_0, matmul_wide_q8_0, matmul_narrow_q8_0, matmul_skinny_q8_0, 2;
+    Q2K: matmul_warpgroups_q2_k, matmul_wide_q2_k, matmul_narrow_q2_k, matmul_skinny_q2_k, 2;
+    Q3K: matmul_warpgroups_q3_k, matmul_wide_q3_k, matmul_narrow_q3_k, matmul_skinny_q3_k, 2;
+    Q4K: matmul_warpgroups_q4_k, matmul_wide_q4_k, matmul_narrow_q4_k, matmul_skinny_q4_k, 2;
+    Q5K: matmul_warpgroups_q5_k, matmul_wide_q5_k, matmul_narrow_q5_k, matmul_skinny_q5_k, 2;
+    Q6K: matmul_warpgroups_q6_k, matmul_wide_q6_k, matmul_narrow_q6_k, matmul_skinny_q6_k, 2;
+    Mxfp4: matmul_warpgroups_mxfp4, matmul_wide_mxfp4, matmul_narrow_mxfp4, matmul_skinny_mxfp4, 2;
 }
 
 /// The slices and scalars of the kernels that do not follow from the [`Plan`].
@@ -218,6 +233,8 @@ pub struct Arguments {
 #[cfg(not(target_arch = "nvptx64"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
+    /// Tiles of 128 rows and 256 tokens, by warpgroups.
+    Warpgroups,
     /// Tiles of 128 rows and 256 tokens.
     Wide,
     /// Tiles of 64 rows and 64 tokens.
@@ -231,6 +248,7 @@ impl Shape {
     /// Rows, tokens and warps of a block, and how many blocks an SM holds.
     const fn sizes(self) -> [u32; 4] {
         match self {
+            Self::Warpgroups => [Warpgroups::ROWS, Warpgroups::TOKENS, Warpgroups::WARPS, 1],
             Self::Wide => [Wide::ROWS, Wide::TOKENS, Wide::WARPS, 1],
             Self::Narrow => [Narrow::ROWS, Narrow::TOKENS, Narrow::WARPS, 4],
             Self::Skinny => [Skinny::ROWS, Skinny::TOKENS, Skinny::WARPS, 4],
@@ -265,11 +283,12 @@ pub struct Plan {
 
 #[cfg(not(target_arch = "nvptx64"))]
 impl Plan {
-    /// The plan for these sizes, each at least 1.
-    pub const fn new(n_tokens: u32, n_in: u32, n_out: u32) -> Self {
+    /// The plan for these sizes, each at least 1; `warpgroups`: for a device that has them.
+    pub const fn new(n_tokens: u32, n_in: u32, n_out: u32, warpgroups: bool) -> Self {
         let shape = match n_tokens {
             0..=16 => Shape::Skinny,
             17..=192 => Shape::Narrow,
+            _ if warpgroups => Shape::Warpgroups,
             _ => Shape::Wide,
         };
         let [_, _, _, blocks_per_sm] = shape.sizes();
@@ -343,6 +362,49 @@ impl Shape {
     }
 }
 
+/// What a block does: its seat in the tile, and steps `first..end` of it, alone or with other blocks.
+struct Share {
+    seat: Seat,
+    place: Place,
+    first: u32,
+    end: u32,
+    /// If with others: which of the tiles that are shared, and which of its blocks this is.
+    shared: Option<(usize, u32)>,
+}
+
+impl Share {
+    /// That of this thread: a block's tile has so many rows and tokens, and its warp starts at such a one.
+    #[inline(always)]
+    fn of_thread<F: Format>(to: Parameters, tiles: Shared<f16>, [rows, tokens]: [u32; 2], warp_seat: [u32; 2]) -> Self {
+        let place = Place {
+            weight: to.weight,
+            planes: F::LAYOUT.planes(to.n_in as usize, to.n_out as usize),
+            n_groups: to.n_in / GROUP,
+        };
+        let steps = place.n_groups.div_ceil(STEP_GROUPS);
+        let block = thread::block_idx_x();
+        let (tile, split) = match block.checked_sub(to.n_whole) {
+            None => (block, 0),
+            Some(block) => (to.n_whole + block / to.n_splits.max(1), block % to.n_splits.max(1)),
+        };
+        let shared = block >= to.n_whole && to.n_splits > 1;
+        let (first, end) =
+            if shared { (split * to.n_steps, (split * to.n_steps + to.n_steps).min(steps)) } else { (0, steps) };
+        // Neighbouring blocks have neighbouring rows and the same tokens, whose activations the cache then holds.
+        let row_tiles = to.n_out.div_ceil(rows).max(1);
+        let seat = Seat {
+            tiles,
+            thread: thread::thread_idx_y() * 32 + thread::thread_idx_x(),
+            first_row: tile % row_tiles * rows,
+            first_token: tile / row_tiles * tokens,
+            row: warp_seat[0],
+            token: warp_seat[1],
+        };
+        let shared = if shared { Some(((tile - to.n_whole) as usize, split)) } else { None };
+        Self { seat, place, first, end, shared }
+    }
+}
+
 /// # Safety
 ///
 /// As the kernels above.
@@ -362,39 +424,44 @@ unsafe fn rows<
     const { Tile::<MT, NT, WM, WN, STAGES>::FITS };
     let threads = Tile::<MT, NT, WM, WN, STAGES>::THREADS;
     let tiles = dynamic_shared_array!(matmul_rows_tiles: [f16; Tile::<MT, NT, WM, WN, STAGES>::HALVES as usize]);
-    let place = Place {
-        weight: to.weight,
-        planes: F::LAYOUT.planes(to.n_in as usize, to.n_out as usize),
-        n_groups: to.n_in / GROUP,
-    };
-    let steps = place.n_groups.div_ceil(STEP_GROUPS);
-
-    let block = thread::block_idx_x();
-    let (tile, split) = match block.checked_sub(to.n_whole) {
-        None => (block, 0),
-        Some(block) => (to.n_whole + block / to.n_splits.max(1), block % to.n_splits.max(1)),
-    };
-    let shared = block >= to.n_whole && to.n_splits > 1;
-    let (first, end) =
-        if shared { (split * to.n_steps, (split * to.n_steps + to.n_steps).min(steps)) } else { (0, steps) };
-    // Neighbouring blocks have neighbouring rows and the same tokens, whose activations the cache then holds.
-    let row_tiles = to.n_out.div_ceil(Tile::<MT, NT, WM, WN, STAGES>::ROWS).max(1);
+    let size = const { [Tile::<MT, NT, WM, WN, STAGES>::ROWS, Tile::<MT, NT, WM, WN, STAGES>::TOKENS] };
     let warp = thread::thread_idx_y();
-    let seat = Seat {
-        tiles,
-        thread: warp * 32 + thread::thread_idx_x(),
-        first_row: tile % row_tiles * Tile::<MT, NT, WM, WN, STAGES>::ROWS,
-        first_token: tile / row_tiles * Tile::<MT, NT, WM, WN, STAGES>::TOKENS,
-        row: warp % WM * Tile::<MT, NT, WM, WN, STAGES>::WARP_ROWS,
-        token: warp / WM * Tile::<MT, NT, WM, WN, STAGES>::WARP_TOKENS,
-    };
+    let warp_seat = [
+        warp % WM * Tile::<MT, NT, WM, WN, STAGES>::WARP_ROWS,
+        warp / WM * Tile::<MT, NT, WM, WN, STAGES>::WARP_TOKENS,
+    ];
+    let Share { seat, place, first, end, shared } = Share::of_thread::<F>(to, tiles, size, warp_seat);
     // SAFETY: the launch contract; the conditions are the block's.
     unsafe {
         let mut sums = accumulate::<F, MT, NT, WM, WN, STAGES, G, DEPTH>(to, seat, &place, first, end);
-        if shared && !gather::<MT, NT>(to, seat.thread, threads, &mut sums, (tile - to.n_whole) as usize, split) {
+        if let Some((tile, split)) = shared
+            && !gather::<MT, NT>(to, seat.thread, threads, &mut sums, tile, split)
+        {
             return;
         }
         thread::sync_threads();
         write::<MT, NT, WM, WN, STAGES>(to, seat, &sums);
+    }
+}
+
+/// # Safety
+///
+/// As the kernels above.
+#[inline(always)]
+unsafe fn rows_of_warpgroups<F: Format, const DEPTH: usize>(to: Parameters) {
+    let tiles = dynamic_shared_array!(matmul_rows_warpgroups: [f16; warpgroups::HALVES as usize]);
+    let warp_seat = [thread::thread_idx_y() * Warpgroups::WARP_ROWS, 0];
+    let size = [Warpgroups::ROWS, Warpgroups::TOKENS];
+    let Share { seat, place, first, end, shared } = Share::of_thread::<F>(to, tiles, size, warp_seat);
+    // SAFETY: the launch contract; the conditions are the block's.
+    unsafe {
+        let mut sums = warpgroups::accumulate::<F, DEPTH>(to, seat, &place, first, end);
+        if let Some((tile, split)) = shared
+            && !gather::<1, { warpgroups::EIGHTHS }>(to, seat.thread, Warpgroups::THREADS, &mut sums, tile, split)
+        {
+            return;
+        }
+        thread::sync_threads();
+        write::<1, { warpgroups::EIGHTHS }, { Warpgroups::WARPS }, 1, { warpgroups::STAGES }>(to, seat, &sums);
     }
 }

@@ -20,8 +20,8 @@ impl<const MT: usize, const NT: usize, const WM: u32, const WN: u32, const STAGE
     pub(super) const TOKENS: u32 = WN * Self::WARP_TOKENS;
     pub(super) const WARPS: u32 = WM * WN;
     pub(super) const THREADS: u32 = 32 * Self::WARPS;
-    const WEIGHT_HALVES: u32 = Self::ROWS * STEP;
-    const X_HALVES: u32 = Self::TOKENS * STEP;
+    pub(super) const WEIGHT_HALVES: u32 = Self::ROWS * STEP;
+    pub(super) const X_HALVES: u32 = Self::TOKENS * STEP;
     /// Two tiles of weights, then those of `x`.
     pub(super) const HALVES: u32 = 2 * Self::WEIGHT_HALVES + STAGES * Self::X_HALVES;
     pub(super) const BYTES: u32 = 2 * Self::HALVES;
@@ -31,7 +31,9 @@ impl<const MT: usize, const NT: usize, const WM: u32, const WN: u32, const STAGE
     /// Words from one token's results to the next's there: four more than it has, so that 8 rows of 4 tokens, two apart,
     /// meet in no bank.
     pub(super) const RESULT_STRIDE: u32 = Self::PASS_ROWS + 4;
-    pub(super) const FITS: () = assert!(Self::WARPS * Self::WARP_TOKENS * Self::RESULT_STRIDE * 2 <= Self::HALVES);
+    /// What the results of all warps take there.
+    pub(super) const RESULT_HALVES: u32 = 2 * Self::WARPS * Self::WARP_TOKENS * Self::RESULT_STRIDE;
+    pub(super) const FITS: () = assert!(Self::RESULT_HALVES <= Self::HALVES);
 }
 
 /// Where a thread is in its block's tiles.
@@ -185,17 +187,18 @@ unsafe fn step<
 ) {
     let threads = Tile::<MT, NT, WM, WN, STAGES>::THREADS;
     let slot = (TURN + 1) % DEPTH;
+    let other_tile = (1 - now.weights) * Tile::<MT, NT, WM, WN, STAGES>::WEIGHT_HALVES;
     let (next, other, free) = (now.step + 1, 1 - now.weights, now.stage);
     // SAFETY: the caller's promise. Past the last step what is decoded is stale, and nobody reads it.
     unsafe {
         let (raw, scales) = (&raws[slot], step_inverses::<G>(inverses, seat, place, next));
         multiply(sums, &fragments::<MT, NT, WM, WN, STAGES, 0>(seat, now));
-        decode::<F, G, 0>(raw, &scales, seat, next, threads, other);
+        decode::<F, G, 0>(raw, &scales, seat, next, threads, other_tile);
         multiply(sums, &fragments::<MT, NT, WM, WN, STAGES, 1>(seat, now));
-        decode::<F, G, 1>(raw, &scales, seat, next, threads, other);
+        decode::<F, G, 1>(raw, &scales, seat, next, threads, other_tile);
         multiply(sums, &fragments::<MT, NT, WM, WN, STAGES, 2>(seat, now));
-        decode::<F, G, 2>(raw, &scales, seat, next, threads, other);
-        decode::<F, G, 3>(raw, &scales, seat, next, threads, other);
+        decode::<F, G, 2>(raw, &scales, seat, next, threads, other_tile);
+        decode::<F, G, 3>(raw, &scales, seat, next, threads, other_tile);
         let last = fragments::<MT, NT, WM, WN, STAGES, 3>(seat, now);
         let ahead = next + DEPTH as u32;
         if ahead < end {
@@ -228,7 +231,12 @@ unsafe fn step<
 ///
 /// The step exists.
 #[inline(always)]
-unsafe fn load<F: Format, const G: usize>(place: &Place, rows: &[u32; G], seat: Seat, step: u32) -> [F::Raw; G] {
+pub(super) unsafe fn load<F: Format, const G: usize>(
+    place: &Place,
+    rows: &[u32; G],
+    seat: Seat,
+    step: u32,
+) -> [F::Raw; G] {
     let mut raws = [F::EMPTY; G];
     // A row may end with half a step: its last group stands in, and is multiplied by 0.
     let group = (step * STEP_GROUPS + seat.thread % 2).min(place.n_groups - 1);
@@ -243,12 +251,12 @@ unsafe fn load<F: Format, const G: usize>(place: &Place, rows: &[u32; G], seat: 
 
 /// What this thread's groups are multiplied with: 0 past the end of the rows.
 #[inline(always)]
-fn step_inverses<const G: usize>(inverses: &[f32; G], seat: Seat, place: &Place, step: u32) -> [f32; G] {
+pub(super) fn step_inverses<const G: usize>(inverses: &[f32; G], seat: Seat, place: &Place, step: u32) -> [f32; G] {
     let exists = step * STEP_GROUPS + seat.thread % 2 < place.n_groups;
     inverses.map(|inverse| if exists { inverse } else { 0.0 })
 }
 
-/// Decodes elements `8 KK..8 KK + 8` of this thread's groups into tile `buffer`.
+/// Decodes elements `8 KK..8 KK + 8` of this thread's groups into the tile of weights at half `tile`.
 ///
 /// # Safety
 ///
@@ -260,7 +268,7 @@ unsafe fn decode<F: Format, const G: usize, const KK: usize>(
     seat: Seat,
     step: u32,
     threads: u32,
-    buffer: u32,
+    tile: u32,
 ) {
     let half = seat.thread % 2;
     let group = step * STEP_GROUPS + half;
@@ -272,16 +280,10 @@ unsafe fn decode<F: Format, const G: usize, const KK: usize>(
         let [e, f, h, i] = F::decode(&raws[g], 2 * KK + 1, scale);
         let halves = [pack_f16x2(a, b), pack_f16x2(c, d), pack_f16x2(e, f), pack_f16x2(h, i)];
         let chunk = (4 * half + KK as u32) ^ (row % 8);
-        let tile = buffer * (rows_of(G, threads) * STEP);
         // SAFETY: this piece of the row is this thread's.
         unsafe { seat.tiles.store16((tile + row * STEP + 8 * chunk) as usize, halves) };
         g += 1;
     }
-}
-
-/// Rows of a tile of which each thread decodes `g` groups.
-const fn rows_of(g: usize, threads: u32) -> u32 {
-    g as u32 * threads / STEP_GROUPS
 }
 
 /// Asks for this thread's part of `x` for step `step`.

@@ -16,6 +16,7 @@ use super::fault::{Fault, FaultKind, place};
 use super::machine::{self, Argument};
 use super::pool::{Job, Pool};
 use super::shadow::{Shadow, Stamp};
+use super::wgmma::{Products, Proxy};
 use crate::launch::{Entry, Launch};
 
 /// What a block may declare statically, on every architecture.
@@ -44,10 +45,19 @@ pub(super) enum Operation {
     ShuffleIdx,
     ShuffleDown,
     Ballot,
-    Butterfly { width: u8, operation: u8 },
+    Butterfly {
+        width: u8,
+        operation: u8,
+    },
     MmaF16,
     MmaS8,
-    LoadMatrix { transposed: bool },
+    LoadMatrix {
+        transposed: bool,
+    },
+    /// A product of a warpgroup: exchanges A's registers, if they are its operand.
+    Wgmma,
+    /// Fence, commit or wait of a warpgroup.
+    Warpgroup,
 }
 
 /// One thread, as the operations of this crate see it.
@@ -64,8 +74,10 @@ pub(super) struct Lane {
     /// The last operation it waited at.
     pub at: Cell<Option<&'static Location<'static>>>,
     /// Operands of the operation it waits for, then results.
-    pub payload: [Cell<u32>; 10],
+    pub payload: [Cell<u32>; 16],
     pub copies: RefCell<Copies>,
+    pub products: RefCell<Products>,
+    pub proxy: Cell<Proxy>,
     /// Whether it has passed [`crate::grid::wait`].
     pub waited: Cell<bool>,
 }
@@ -83,6 +95,8 @@ impl Lane {
             at: Cell::new(None),
             payload: Default::default(),
             copies: RefCell::default(),
+            products: RefCell::default(),
+            proxy: Cell::default(),
             waited: Cell::new(false),
         }
     }
@@ -95,6 +109,8 @@ impl Lane {
         let copies = self.copies.get_mut();
         copies.pending.clear();
         copies.committed = 0;
+        self.products.get_mut().reset();
+        *self.proxy.get_mut() = Proxy::default();
     }
 }
 
@@ -131,9 +147,18 @@ pub(super) struct Block {
     pub arrays: RefCell<Vec<(*const u8, usize, usize)>>,
     pub shared_shadow: Option<Shadow>,
     pub fault: RefCell<Option<Fault>>,
+    /// Products that the warps which have returned started.
+    pub products_of_warps: RefCell<Vec<Option<u32>>>,
+    lanes: *const [Lane],
 }
 
 impl Block {
+    /// What the async proxy sees of what a thread wrote.
+    pub fn proxy_of(&self, thread: u32) -> Proxy {
+        // SAFETY: the pool that holds the lanes outlives the block, and its vector does not change meanwhile.
+        unsafe { (&*self.lanes)[thread as usize].proxy.get() }
+    }
+
     pub fn stamp(&self, thread: u32) -> Stamp {
         Stamp {
             launch: self.number + u32::from(self.acquired.get()),
@@ -213,6 +238,8 @@ pub(super) fn run(
         arrays: RefCell::new(arrays),
         shared_shadow,
         fault: RefCell::new(None),
+        products_of_warps: RefCell::default(),
+        lanes: pool.lanes.as_slice(),
     };
 
     let mut natural = Order::new(0, 0);

@@ -47,6 +47,20 @@ pub enum FaultKind {
     WroteBeforeWait,
     #[error("returns without `grid::wait`, so that later grids could not rely on earlier ones being done")]
     NeverWaited,
+    #[error("a product of a warpgroup without `wgmma::fence` since the last `commit`: it may miss what registers hold")]
+    ProductWithoutFence,
+    #[error("an operand of a product starts at byte {offset} of the dynamic shared memory, not at a multiple of 1024")]
+    OperandMisplaced { offset: usize },
+    #[error(
+        "a product reads element {index}, which thread {other_thread} wrote without `wgmma::fence_proxy_async` before the barrier"
+    )]
+    NotFenced { index: usize, other_thread: u32 },
+    #[error("an operand of a product under way was overwritten before `wgmma::wait`")]
+    OperandOverwritten,
+    #[error("returns with {groups} groups of products under way: `wgmma::wait::<0>` comes last")]
+    ProductsUnderWay { groups: u32 },
+    #[error("returns after {found} products, but warp {other} of its warpgroup started {expected}")]
+    UnevenWarpgroup { found: u32, other: u32, expected: u32 },
     #[error("panicked: {message}")]
     Panicked { message: String },
 }

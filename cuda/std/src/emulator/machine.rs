@@ -8,6 +8,7 @@ use core::ptr::NonNull;
 use super::block::{Block, Lane, Operation, PendingCopy, SHARED_BYTES, Wait};
 use super::fault::{Fault, FaultKind, place};
 use super::shadow::{Access, Finding, Shadow};
+pub use super::wgmma::*;
 use crate::launch::ParamKind;
 use crate::{Element, Shared, Store, f16};
 
@@ -40,7 +41,7 @@ pub(super) fn leave() -> Option<u32> {
 }
 
 #[inline(always)]
-fn lane() -> &'static Lane {
+pub(super) fn lane() -> &'static Lane {
     let current = CURRENT.get();
     assert!(!current.is_null(), "device operations run inside a kernel launch");
     // SAFETY: `enter` set it, and its scheduler outlives the running coroutine.
@@ -48,14 +49,14 @@ fn lane() -> &'static Lane {
 }
 
 #[inline(always)]
-fn block() -> &'static Block {
+pub(super) fn block() -> &'static Block {
     // SAFETY: the block outlives its lanes.
     unsafe { &*lane().block.get() }
 }
 
 /// Ends the launch with a fault of the running thread.
 #[cold]
-fn fault(kind: FaultKind, at: &'static Location<'static>) -> ! {
+pub(super) fn fault(kind: FaultKind, at: &'static Location<'static>) -> ! {
     let (lane, block) = (lane(), block());
     *block.fault.borrow_mut() =
         Some(Fault { kernel: block.entry.name, block: block.block_idx, thread: lane.thread_idx, at: place(at), kind });
@@ -237,6 +238,7 @@ pub(super) fn returned() {
         // Where it ended nobody knows: its last operation is named.
         fault(FaultKind::NeverWaited, lane.at.get().unwrap_or(Location::caller()));
     }
+    products_end();
 }
 
 pub fn launch_dependents() {}
@@ -294,7 +296,7 @@ pub unsafe fn sync_threads() {
 /// its own would return from it to where the processor does not expect, and so would its next switch.
 #[inline(always)]
 #[track_caller]
-fn together<const IN: usize, const OUT: usize>(operation: Operation, operands: [u32; IN]) -> [u32; OUT] {
+pub(super) fn together<const IN: usize, const OUT: usize>(operation: Operation, operands: [u32; IN]) -> [u32; OUT] {
     let lane = lane();
     lane.at.set(Some(Location::caller()));
     for (to, operand) in lane.payload.iter().zip(operands) {
@@ -420,6 +422,8 @@ pub(super) fn complete(operation: Operation, lanes: &[Lane]) {
         Operation::MmaF16 => mma_f16(lanes),
         Operation::MmaS8 => mma_s8(lanes),
         Operation::LoadMatrix { transposed } => load_matrices(lanes, transposed),
+        Operation::Wgmma => exchange_rows(lanes),
+        Operation::Warpgroup => {}
     }
 }
 
@@ -440,7 +444,7 @@ fn larger(a: f32, b: f32) -> f32 {
 /// The two f16 of a register. In integers and one exact product: it runs 192 times per `mma`, and `half`'s conversion asks
 /// the processor what it can do each time.
 #[inline(always)]
-fn halves(pair: u32) -> [f64; 2] {
+pub(super) fn halves(pair: u32) -> [f64; 2] {
     [pair & 0xffff, pair >> 16].map(|bits| {
         // The exponent of f16 is 112 below that of f32; the product makes up for it, for subnormals too.
         let scaled = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);
@@ -516,7 +520,7 @@ fn mma_s8(lanes: &[Lane; 32]) {
                 row[g] = byte;
             }
         }
-        for (register, bits) in lane.payload[6..].iter().enumerate() {
+        for (register, bits) in lane.payload[6..10].iter().enumerate() {
             d[g + 8 * (register >> 1)][2 * t + (register & 1)] = bits.get().cast_signed();
         }
     }
@@ -587,6 +591,11 @@ pub fn floor(x: f32) -> f32 {
 }
 
 #[inline(always)]
+pub fn div_full(x: f32, divisor: f32) -> f32 {
+    x / divisor
+}
+
+#[inline(always)]
 pub fn pack_f16x2(low: f32, high: f32) -> u32 {
     u32::from(f16::from_f32(low).to_bits()) | u32::from(f16::from_f32(high).to_bits()) << 16
 }
@@ -596,6 +605,24 @@ pub fn mul_f16x2(a: u32, b: u32) -> u32 {
     // In f32 the product is exact.
     let half = |shift: u32| f16::from_bits((a >> shift) as u16).to_f32() * f16::from_bits((b >> shift) as u16).to_f32();
     pack_f16x2(half(0), half(16))
+}
+
+#[inline(always)]
+pub fn add_f16x2(a: u32, b: u32) -> u32 {
+    // In f64 the sum is exact, and so rounded once.
+    let half = |shift: u32| {
+        let sum = f16::from_bits((a >> shift) as u16).to_f64() + f16::from_bits((b >> shift) as u16).to_f64();
+        u32::from(f16::from_f64(sum).to_bits()) << shift
+    };
+    half(0) | half(16)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn permute_bytes(a: u32, b: u32, selector: u32) -> u32 {
+    assert!(selector & 0x8888_8888 == 0 && selector <= 0xffff, "selector {selector:#x} of permute_bytes");
+    let bytes = (u64::from(b) << 32 | u64::from(a)).to_le_bytes();
+    u32::from_le_bytes(core::array::from_fn(|i| bytes[(selector >> (4 * i) & 7) as usize]))
 }
 
 /// # Safety
@@ -671,7 +698,7 @@ pub fn dynamic_shared_array<T: Element>(len: usize) -> Shared<T> {
 
 #[inline(always)]
 #[track_caller]
-fn on_shared<T>(access: Access, base: SharedAddress, i: usize, bytes: usize, len: usize) -> usize {
+pub(super) fn on_shared<T>(access: Access, base: SharedAddress, i: usize, bytes: usize, len: usize) -> usize {
     let shadow = block().shared_shadow.as_ref().map(|shadow| NonNull::from(shadow).cast());
     on_access(access, shadow, base, i, size_of::<T>(), bytes, len)
 }
@@ -692,6 +719,7 @@ pub unsafe fn shared_read<T: Element>(base: SharedAddress, i: usize, len: usize)
 #[track_caller]
 pub unsafe fn shared_write<T: Store>(base: SharedAddress, i: usize, len: usize, value: T) {
     let address = on_shared::<T>(Access::Write, base, i, size_of::<T>(), len);
+    wrote_shared();
     // SAFETY: checked.
     unsafe { *(address as *mut T) = value }
 }
@@ -722,6 +750,7 @@ pub unsafe fn shared_load16<T>(base: SharedAddress, i: usize, len: usize) -> [u3
 #[track_caller]
 pub unsafe fn shared_store4<T>(base: SharedAddress, i: usize, len: usize, value: u32) {
     let address = on_shared::<T>(Access::Write, base, i, 4, len);
+    wrote_shared();
     // SAFETY: checked.
     unsafe { *(address as *mut u32) = value }
 }
@@ -732,6 +761,7 @@ pub unsafe fn shared_store4<T>(base: SharedAddress, i: usize, len: usize, value:
 #[track_caller]
 pub unsafe fn shared_store16<T>(base: SharedAddress, i: usize, len: usize, value: [u32; 4]) {
     let address = on_shared::<T>(Access::Write, base, i, 16, len);
+    wrote_shared();
     // SAFETY: checked.
     unsafe { *(address as *mut [u32; 4]) = value }
 }
@@ -752,6 +782,16 @@ pub unsafe fn copy_async<T>(to: SharedAddress, i: usize, len: usize, from: *cons
     // SAFETY: the caller's promise.
     let data = if valid { unsafe { *from.cast() } } else { [0; 4] };
     start_copy::<T>(to, i, len, 16, data);
+}
+
+/// # Safety
+/// `from` is readable if `wanted`; the caller checked it.
+#[track_caller]
+pub unsafe fn copy_async_if<T>(wanted: bool, to: SharedAddress, i: usize, len: usize, from: *const u8) {
+    if wanted {
+        // SAFETY: the caller's promise.
+        unsafe { copy_async::<T>(to, i, len, from, true) };
+    }
 }
 
 /// # Safety
@@ -795,6 +835,9 @@ pub fn cp_async_wait<const PENDING: u32>() {
     let landed: std::vec::Vec<PendingCopy> =
         copies.pending.extract_if(.., |copy| copy.group < complete_below).collect();
     drop(copies);
+    if !landed.is_empty() {
+        wrote_shared();
+    }
     for PendingCopy { to, bytes, data, .. } in landed {
         if let Some(shadow) = &block().shared_shadow {
             shadow.record(to, bytes, Access::Landing, block().stamp(lane.index));

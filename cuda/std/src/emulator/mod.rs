@@ -16,6 +16,7 @@ mod fault;
 pub(crate) mod machine;
 mod pool;
 mod shadow;
+mod wgmma;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;

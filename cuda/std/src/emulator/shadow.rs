@@ -203,6 +203,17 @@ impl Shadow {
         Some((self.base + found * GRAIN).saturating_sub(address))
     }
 
+    /// Who last wrote the first of `bytes` at `address` for which `wrong` holds, and that byte.
+    pub fn find_writer(&self, address: usize, bytes: usize, wrong: impl Fn(Stamp) -> bool) -> Option<(usize, Stamp)> {
+        let state = self.state();
+        let first = (address - self.base) / GRAIN;
+        let last = (address - self.base + bytes).div_ceil(GRAIN);
+        let cells = state.cells.get(first..last).unwrap_or_default();
+        let written = cells.iter().map(|cell| cell.before).enumerate();
+        let found = written.filter(|(_, stamp)| stamp.launch == self.n_blocks).find(|(_, stamp)| wrong(*stamp))?;
+        Some((found.0 * GRAIN, found.1))
+    }
+
     /// Records an access of the kernel, and says what is wrong with it.
     pub fn record(&self, address: usize, bytes: usize, access: Access, now: Stamp) -> Option<Finding> {
         let state = self.state();

@@ -104,6 +104,7 @@ impl Model {
                     n_used: *n_used,
                     d_model,
                     d_ff,
+                    warpgroup_pairs: self.device.has_warpgroups().then_some(ops::WARPGROUP_PAIRS),
                     ids: slow.ids,
                     weights: slow.weights,
                     pairs: slow.pairs,
@@ -157,7 +158,11 @@ impl Model {
         bias: Option<View<f32>>,
         epilogue: Epilogue,
     ) -> Result<(), LaunchError> {
-        let work = RowsWork { partial: self.work.rows_partial.view(), counters: self.work.rows_counters.view() };
+        let work = RowsWork {
+            partial: self.work.rows_partial.view(),
+            counters: self.work.rows_counters.view(),
+            warpgroups: self.device.has_warpgroups(),
+        };
         let (out, stride, out16) = match out {
             Out::F32 { out, stride } => (Some(out), stride, None),
             Out::F16(out) => (None, matrix.n_out, Some(out)),
