@@ -184,6 +184,26 @@ fn launches_repeat_to_the_bit() {
     }
 }
 
+#[test]
+fn long_rows_repeat_to_the_bit_at_every_width() {
+    // What is read or written while products are under way shows as noise: rows of several whole steps and a rest.
+    for (d_model, d_ff) in [(608, 32), (32, 608)] {
+        let layer = layer(1, d_model, d_ff);
+        for n_pairs in [16, 32, 48, 64, 80, 96, 112, 128, 144, 160] {
+            let x = halves(&layer.x(n_pairs));
+            let (before, weights) = (normal(8, n_pairs * d_model), vec![0.5; n_pairs]);
+            for (device, kernels) in devices_and_kernels() {
+                let on_device = OnDevice::new(&layer, &device, kernels);
+                let run = || on_device.all(&x, &before, &vec![0; n_pairs], &weights, 1);
+                let first = run();
+                for _ in 0..if device.is_gpu() { 20 } else { 1 } {
+                    assert_eq!(run(), first, "{n_pairs} pairs, {kernels:?}");
+                }
+            }
+        }
+    }
+}
+
 // ---- a layer in a device's memory ----
 
 /// Which kernels: the one's twin is the other.

@@ -667,7 +667,7 @@ impl Block {
                 let mut group = 0;
                 while group < STEP_GROUPS {
                     let words = [codes[0][group as usize], codes[1][group as usize]];
-                    multiply(&mut sums, words, lane_factors, group, x[group as usize / 2]);
+                    multiply::<N, 1>(&mut sums, words, lane_factors, group, x[group as usize / 2]);
                     group += 1;
                     // Not before the first products: the tensor cores would wait for it.
                     if group == 2 {
@@ -697,7 +697,7 @@ impl Block {
                         i += 1;
                     }
                     let x = self.shared.operand((stage + group / 2 * (pairs * X_WORDS)) as usize);
-                    multiply(&mut sums, codes, lane_factors, group, x);
+                    multiply::<N, 0>(&mut sums, codes, lane_factors, group, x);
                     group += 1;
                 }
             }
@@ -708,13 +708,14 @@ impl Block {
 }
 
 /// Starts the products of one group: `codes` are the words of rows g and g + 8 of the fragment, `x` the half step of
-/// activations that has the group. The products of the group before last are done then.
+/// activations that has the group. Products are done then but those of the last `PENDING` groups, whose registers of A ptxas leaves
+/// alone in an unrolled loop. In a loop that is not, it takes them again: there `PENDING` is 0.
 ///
 /// # Safety
 ///
 /// Whole warpgroups are here; the group has arrived.
 #[inline(always)]
-unsafe fn multiply<const N: usize>(
+unsafe fn multiply<const N: usize, const PENDING: u32>(
     sums: &mut [[f32; 4]; N],
     codes: [u32; 2],
     factors: [u32; 2],
@@ -722,7 +723,7 @@ unsafe fn multiply<const N: usize>(
     x: wgmma::Operand,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { wgmma::wait::<1>() };
+    unsafe { wgmma::wait::<PENDING>() };
     let mut a = [[0; 4]; 2];
     let mut i = 0;
     while i < 2 {
