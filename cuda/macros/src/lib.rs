@@ -26,7 +26,8 @@ use syn::{Error, Expr, FnArg, GenericArgument, ItemFn, Pat, PathArguments, Retur
 /// are constants, as is `registers`, the most of a thread where grids overlap (`.maxnreg`, in place of `.minnctapersm`). `dynamic_shared` (default 0) is the bytes of its `dynamic_shared_array!`. A kernel marked `waits` calls
 /// `grid::wait` itself; others wait first of all, so that any may be launched early. One marked `launches` calls
 /// `grid::launch_dependents` itself; others let the next grid start first of all. Of one marked `alone` a multiprocessor gets no two blocks where grids
-/// overlap: the host asks for more than half of its shared memory. One marked `warpgroups` uses `cuda_std::wgmma`, and is only in sm_90a's PTX. The function is `unsafe`, returns
+/// overlap: the host asks for more than half of its shared memory. One marked `warpgroups` uses `cuda_std::wgmma`, and is
+/// only in sm_90a's PTX. The function is `unsafe`, returns
 /// nothing and has no generics.
 #[proc_macro_attribute]
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {

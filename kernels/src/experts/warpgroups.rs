@@ -41,7 +41,7 @@ const fn stage_words(pairs: u32) -> u32 {
     2 * pairs * X_WORDS + QUANT_WORDS + TILE_ROWS.next_multiple_of(ATOM)
 }
 
-/// Where the row of activations of each place starts: those of a thread, 32 places apart, lie side by side.
+/// Where the row of activations of each place starts: those of a thread, [`APART`] places apart, lie side by side.
 const PLACES: u32 = STAGES * stage_words(TILE_PAIRS);
 const APART: u32 = THREADS / 16;
 const PLACES_STRIDE: u32 = 8;
@@ -164,7 +164,7 @@ macro_rules! by_width {
 /// - Launch: [`launch_gate_up`]`(n_tiles, d_ff)`. A block owns 96 features and a tile of pairs, or returns if it has none; each
 ///   of its three warpgroups has 32 features. Features of `gate` are rows 0 to 7 of a warp's 16, the same of `up` rows 8 to
 ///   15, so that a lane has both.
-/// - Shared memory: 219 KiB, a ring of four steps of 128 elements, filled by `cp.async`; one barrier a step, over which
+/// - Shared memory: 214 KiB, a ring of four steps of 128 elements, filled by `cp.async`; one barrier a step, over which
 ///   products stay under way.
 /// - Cost: `4 · n_pairs · d_ff · d_model` operations; memory bound below about 100 pairs an expert.
 /// - Determinism: one fixed order of steps; tensor cores order the 16 terms of a product themselves.
@@ -209,7 +209,7 @@ pub unsafe fn experts_warpgroups_gate_up_mxfp4(
 /// - Math: that of [`experts_grouped_down_mxfp4`](fn@super::grouped::experts_grouped_down_mxfp4), its slow twin.
 /// - Shapes: as there, for tiles of [`TILE_PAIRS`]; d_ff is a multiple of 32 of any length.
 /// - Launch: [`launch_down`]`(n_tiles, d_model)`. A block owns 192 rows and a tile of pairs, or returns if it has none.
-/// - Shared memory: 219 KiB, as [`experts_warpgroups_gate_up_mxfp4`](fn@experts_warpgroups_gate_up_mxfp4).
+/// - Shared memory: 214 KiB, as [`experts_warpgroups_gate_up_mxfp4`](fn@experts_warpgroups_gate_up_mxfp4).
 /// - Cost: `2 · n_pairs · d_ff · d_model` operations; memory bound below about 100 pairs an expert.
 /// - Determinism: one fixed order of steps; tensor cores order the 16 terms of a product themselves.
 /// - Source: as there.
