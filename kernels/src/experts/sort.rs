@@ -58,6 +58,12 @@ impl Job {
         let at = (thread::block_idx_y() * TILE_WORDS) as usize;
         Self { expert: tiles[at], first: tiles[at + 1], count: tiles[at + 2] }
     }
+
+    /// The place in the sorted list that this thread looks up; those past the tile's last repeat it.
+    #[inline(always)]
+    pub(super) fn place_of_thread(self) -> u32 {
+        self.first + thread::thread_idx_x().min(self.count - 1)
+    }
 }
 
 /// Sorts pairs of token and slot by expert, and cuts each expert's share into tiles.

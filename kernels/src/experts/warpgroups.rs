@@ -193,7 +193,7 @@ pub unsafe fn experts_warpgroups_gate_up_mxfp4(
         return;
     };
     let first = thread::block_idx_x() * HALF_ROWS;
-    let pair = pairs[place_of_thread(job) as usize];
+    let pair = pairs[job.place_of_thread() as usize];
     let token = pair / n_used.max(1);
     let factor = if row_factor.len() > 0 { row_factor[token as usize] } else { 1.0 };
     // SAFETY: the expert exists; the whole block is here, since it has one job.
@@ -233,19 +233,13 @@ pub unsafe fn experts_warpgroups_down_mxfp4(
         return;
     };
     let first = thread::block_idx_x() * TILE_ROWS;
-    let place = place_of_thread(job);
+    let place = job.place_of_thread();
     // SAFETY: the expert exists; the whole block is here, since it has one job.
     unsafe {
         let block = Block::new(tiles, job.expert, [weight, weight], [first, first + HALF_ROWS], h, d_ff, d_model);
         block.keep([place, pairs[place as usize]]);
         by_width!(job.count, down(y, bias, block));
     }
-}
-
-/// The place in the sorted list that this thread looks up; those past the tile's last repeat it.
-#[inline(always)]
-fn place_of_thread(job: Job) -> u32 {
-    job.first + thread::thread_idx_x().min(job.count - 1)
 }
 
 /// # Safety
